@@ -1,0 +1,1 @@
+//! The contract between the shim and the agent.

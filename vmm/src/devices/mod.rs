@@ -1,0 +1,18 @@
+//! The devices, one folder each, every folder of the same shape:
+//!
+//! | file | holds |
+//! |---|---|
+//! | `mod.rs` | the device and its [`VirtioDevice`](crate::virtio::VirtioDevice) implementation |
+//! | `queue.rs` (or several) | what happens to a descriptor chain |
+//! | `state.rs` | its saved state, a plain struct |
+//! | `metrics.rs` | its counters |
+//! | `tests.rs` | a mock driver against the real device |
+
+/// The saved state of any virtio device, tagged with its kind.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum DeviceState {}
+
+/// The counters of any virtio device, tagged with its kind.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceMetrics {}

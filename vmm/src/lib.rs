@@ -1,0 +1,16 @@
+//! The microVM: one KVM virtual machine, one pod, one jailed process.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`memory`] | the guest's memory and the one type by which every other module reaches it |
+//! | [`virtio`] | the contract between a virtio device and its transport |
+//! | [`devices`] | the devices, one folder each |
+//! | [`metrics`] | lock-free counters |
+//!
+//! The guest is hostile. Whatever it can influence (descriptors, registers, indices, packets) is validated and
+//! bounded where it enters; nothing it does may panic, stall or grow this process without limit.
+
+pub mod devices;
+pub mod memory;
+pub mod metrics;
+pub mod virtio;

@@ -1,0 +1,187 @@
+use std::{io, os::fd::RawFd, sync::Arc};
+
+use virtio_queue::Queue;
+use vmm_sys_util::epoll::EventSet;
+
+use crate::{
+    devices::{DeviceMetrics, DeviceState},
+    memory::GuestMem,
+};
+
+/// Virtio device types (VIRTIO 1.3, section 5) that this VMM implements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[repr(u32)]
+pub enum DeviceId {
+    /// Network card, section 5.1.
+    Net = 1,
+    /// Block device, section 5.2.
+    Block = 2,
+    /// Entropy source, section 5.4.
+    Rng = 4,
+    /// Memory balloon, section 5.5.
+    Balloon = 5,
+    /// Socket device, section 5.10.
+    Vsock = 19,
+    /// Memory device, section 5.15.
+    Mem = 24,
+    /// File system device, section 5.11.
+    Fs = 26,
+}
+
+/// How a device tells its driver that something happened.
+///
+/// The transport implements it over an irqfd and its interrupt status register; tests implement it as a counter.
+/// Devices call it only after the state that the driver will read is in guest memory.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers were added to the queue with this index.
+    fn signal_queue(&self, index: usize);
+
+    /// The device's configuration space changed. The transport also steps the configuration generation.
+    fn signal_config(&self);
+}
+
+/// All that a device receives when its driver sets DRIVER_OK.
+///
+/// From here on, until [`VirtioDevice::reset`], the transport lets the driver change none of it.
+pub struct Activation {
+    /// The guest's memory.
+    pub mem: GuestMem,
+    /// The configured queues, in order, as many as [`VirtioDevice::queue_sizes`] names. Each was checked by the
+    /// transport ([`virtio_queue::QueueT::is_valid`]) unless the driver left it disabled (`ready() == false`).
+    pub queues: Vec<Queue>,
+    /// The feature bits that the driver accepted: a subset of [`VirtioDevice::features`] and the transport's own.
+    pub features: u64,
+    /// Where to raise interrupts.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// Why a device could not be activated. The transport answers by setting DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// A queue that the device cannot work without was left disabled by the driver.
+    #[error("queue {0} is required but was not enabled")]
+    QueueDisabled(usize),
+    /// The transport handed over another number of queues than the device declared.
+    #[error("expected {expected} queues, got {got}")]
+    QueueCount {
+        /// As many as [`VirtioDevice::queue_sizes`] names.
+        expected: usize,
+        /// As many as there were.
+        got: usize,
+    },
+    /// The device's backend could not be started.
+    #[error("starting the backend")]
+    Backend(#[source] io::Error),
+}
+
+/// Why a device gave up on its driver, or lost its backend.
+///
+/// The transport answers by setting DEVICE_NEEDS_RESET and leaving the device alone until it is reset: a hostile
+/// driver ends its own device and nothing else.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver broke the protocol in a way that leaves no defined next step.
+    #[error("queue {queue}: driver error: {what}")]
+    Driver {
+        /// The queue on which it happened.
+        queue: usize,
+        /// What it did.
+        what: &'static str,
+    },
+    /// The ring itself could not be read or written (descriptor loop, index jump, address outside memory).
+    #[error("queue {queue}: broken ring")]
+    Ring {
+        /// The queue on which it happened.
+        queue: usize,
+        /// What the queue implementation found.
+        #[source]
+        source: virtio_queue::Error,
+    },
+    /// The host side failed in a way that the device cannot hide.
+    #[error("backend")]
+    Backend(#[source] io::Error),
+}
+
+/// A host-side descriptor that a device wants to be woken for.
+///
+/// Sources are fixed from construction to drop. A device with a changing set (vsock's connections) nests them in
+/// an epoll instance of its own and names that one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PollSource {
+    /// The descriptor, owned by the device.
+    pub fd: RawFd,
+    /// What to wait for (level triggered unless EDGE_TRIGGERED is set).
+    pub events: EventSet,
+    /// Handed back in [`DeviceEvent::Source`].
+    pub token: u32,
+}
+
+/// Something for an activated device to work on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceEvent {
+    /// The driver notified the queue with this index.
+    Queue(usize),
+    /// A [`PollSource`] is ready.
+    Source {
+        /// The source's token.
+        token: u32,
+        /// What it is ready for.
+        events: EventSet,
+    },
+}
+
+/// A virtio device, apart from its transport.
+///
+/// One event loop thread calls [`process`](Self::process); register accesses arrive from vCPU threads. The
+/// transport serialises all calls with a lock, so a device needs none of its own, and no method may block on the
+/// guest, on a peer or on slow I/O: a bounded amount of work, then return.
+pub trait VirtioDevice: Send {
+    /// What kind of device this is.
+    fn id(&self) -> DeviceId;
+
+    /// The feature bits offered, without the transport's own (VERSION_1, EVENT_IDX and INDIRECT_DESC are the
+    /// device's to offer: it says what its queue handling supports).
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue. Its length is the number of queues and never changes.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Reads the device's configuration space. Bytes beyond its end are left as they are (the transport zeroes
+    /// `data` first).
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space. Anything that is not writable is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver is ready: from now on the device may use its queues.
+    ///
+    /// # Errors
+    /// When it cannot work with what the driver set up, or its backend cannot start.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Back to the state before [`activate`](Self::activate): queues dropped, nothing in flight that touches
+    /// guest memory, everything the driver told it forgotten. The backend stays open.
+    fn reset(&mut self);
+
+    /// The host-side descriptors to watch while the device is active.
+    fn poll_sources(&self) -> Vec<PollSource>;
+
+    /// Works on one event. A spurious event is not an error.
+    ///
+    /// # Errors
+    /// When the device cannot go on; see [`DeviceError`].
+    fn process(&mut self, event: DeviceEvent) -> Result<(), DeviceError>;
+
+    /// The device's state, queues included, for a snapshot. Called while all vCPUs are paused; the device first
+    /// finishes or takes back what is in flight, so that the memory saved afterwards is consistent with it.
+    ///
+    /// The counterpart is the device's own constructor from its state, followed by
+    /// [`activate`](Self::activate) with the restored queues when the device was active.
+    ///
+    /// # Errors
+    /// When in-flight work could not be brought to a stop.
+    fn save(&mut self) -> Result<DeviceState, DeviceError>;
+
+    /// The device's counters, shared with it.
+    fn metrics(&self) -> DeviceMetrics;
+}

@@ -1,0 +1,11 @@
+//! The contract between a virtio device and its transport.
+//!
+//! A device knows queues, guest memory and its backend; a transport knows registers, the status machine and
+//! interrupts. They meet in [`VirtioDevice`] and [`Interrupt`], so each is tested without the other, and both
+//! without KVM.
+
+mod device;
+
+pub use device::{
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, VirtioDevice,
+};
