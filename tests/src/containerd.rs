@@ -1,0 +1,216 @@
+//! A private containerd: its configuration, start, images and stop.
+//!
+//! It shares nothing with a containerd that the machine may already run: root, state, sockets, CNI configuration
+//! and cgroup are its own.
+
+use std::{
+    fs::{self, File},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{ctr::Ctr, leaks};
+
+/// The sandbox image of every pod. Our runtime answers for it and never runs it; runc does.
+pub const PAUSE_IMAGE: &str = "caisson.test/pause:1";
+/// A busybox.
+pub const BUSYBOX_IMAGE: &str = "caisson.test/busybox:1";
+/// A Debian with redis, nginx and PostgreSQL.
+pub const SERVERS_IMAGE: &str = "caisson.test/servers:1";
+
+/// The namespace in which containerd's CRI plugin looks for images and containers.
+const CRI_NAMESPACE: &str = "k8s.io";
+
+/// How long containerd may take to answer, on an emulated machine.
+const START: Duration = Duration::from_secs(90);
+/// How long it may take to end after SIGTERM before it is killed.
+const STOP: Duration = Duration::from_secs(20);
+
+/// The pods' network: a bridge, with published ports.
+const CNI_CONFIG: &str = r#"{
+  "cniVersion": "1.0.0",
+  "name": "caisson-e2e",
+  "plugins": [
+    {
+      "type": "bridge",
+      "bridge": "caisson-e2e0",
+      "isGateway": true,
+      "ipMasq": true,
+      "hairpinMode": true,
+      "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.244.77.0/24" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }] }
+    },
+    { "type": "portmap", "capabilities": { "portMappings": true } }
+  ]
+}
+"#;
+
+/// A running containerd. Dropping it kills it; [`Containerd::stop`] is the orderly way.
+#[derive(Debug)]
+pub struct Containerd {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Containerd {
+    /// Starts containerd with everything of its own below `dir`, and waits until it answers.
+    ///
+    /// `path` is put in front of `PATH`, so that containerd finds a shim there.
+    ///
+    /// # Errors
+    /// When it is not installed, ends at once, or does not answer in time.
+    pub fn start(dir: &Path, path: Option<&Path>) -> Result<Self> {
+        for part in ["root", "state", "cni", "ipam"] {
+            fs::create_dir_all(dir.join(part)).context("making containerd's directories")?;
+        }
+        fs::write(dir.join("cni/10-caisson-e2e.conflist"), CNI_CONFIG)?;
+        fs::write(dir.join("config.toml"), config(dir, version()?))?;
+
+        let log = File::create(dir.join("containerd.log"))?;
+        let mut command = Command::new("containerd");
+        command.arg("--config").arg(dir.join("config.toml"));
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // A group of its own: a Ctrl-C at the terminal ends the runner, which then ends containerd in order.
+        command.process_group(0);
+        if let Some(path) = path {
+            let old = std::env::var("PATH").unwrap_or_default();
+            command.env("PATH", format!("{}:{old}", path.display()));
+        }
+        let child = command.spawn().context("starting containerd")?;
+        let mut containerd = Self { child, dir: dir.to_owned() };
+        containerd.wait_until_up()?;
+        Ok(containerd)
+    }
+
+    /// Loads an OCI archive for `ctr` and for CRI.
+    ///
+    /// # Errors
+    /// When containerd refuses it.
+    pub fn import(&self, archive: &Path) -> Result<()> {
+        for namespace in ["default", CRI_NAMESPACE] {
+            let ctr = Ctr::at(self.socket(), namespace);
+            ctr.run(&["images".as_ref(), "import".as_ref(), archive.as_os_str()])?;
+        }
+        Ok(())
+    }
+
+    /// Ends containerd in order, and undoes what it and its plugins leave on a machine by design: the pods' bridge
+    /// and cgroup, and the mounts of its own state directory.
+    ///
+    /// # Errors
+    /// When something can't be undone.
+    pub fn stop(mut self) -> Result<()> {
+        let pid = self.child.id().to_string();
+        Command::new("kill").args(["-TERM", &pid]).status().context("stopping containerd")?;
+        let deadline = Instant::now() + STOP;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                self.child.kill()?;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        // Absent unless a pod ran.
+        Command::new("ip").args(["link", "delete", "caisson-e2e0"]).stderr(Stdio::null()).status()?;
+        leaks::unmount_below(&self.dir)?;
+        leaks::remove_cgroup(Path::new("/sys/fs/cgroup/caisson-e2e"))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("containerd.sock")
+    }
+
+    fn wait_until_up(&mut self) -> Result<()> {
+        let ctr = Ctr::at(self.socket(), "default");
+        let deadline = Instant::now() + START;
+        loop {
+            if self.socket().exists() && ctr.try_run(&["version"])?.code == 0 {
+                return Ok(());
+            }
+            if let Some(status) = self.child.try_wait()? {
+                let log = fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default();
+                bail!("containerd ended with {status}:\n{log}");
+            }
+            if Instant::now() > deadline {
+                bail!("containerd did not answer within {START:?}");
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Already gone after `stop`; and there is no one left to tell of an error.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// containerd's major version.
+fn version() -> Result<u32> {
+    let output =
+        Command::new("containerd").arg("--version").output().context("containerd is not installed")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    parse_version(&text).with_context(|| format!("no version in {text:?}"))
+}
+
+/// The major version in what `containerd --version` prints: `containerd github.com/… 1.7.24~ds1 …`.
+fn parse_version(text: &str) -> Option<u32> {
+    let word = text.split_whitespace().nth(2)?;
+    word.trim_start_matches('v').split('.').next()?.parse().ok()
+}
+
+/// A configuration file for this major version: `version = 2` before containerd 2, `version = 3` from there on.
+fn config(dir: &Path, major: u32) -> String {
+    let dir = dir.display();
+    let common = format!(
+        "root = '{dir}/root'\nstate = '{dir}/state'\n[grpc]\naddress = '{dir}/containerd.sock'\n\
+         [ttrpc]\naddress = '{dir}/containerd.sock.ttrpc'\n"
+    );
+    if major < 2 {
+        format!(
+            "version = 2\n{common}\
+             [plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = '{PAUSE_IMAGE}'\n\
+             [plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = '{dir}/cni'\n\
+             [plugins.'io.containerd.grpc.v1.cri'.containerd]\ndefault_runtime_name = 'runc'\n\
+             [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\n\
+             runtime_type = 'io.containerd.runc.v2'\n\
+             [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.caisson]\n\
+             runtime_type = 'io.containerd.caisson.v2'\n"
+        )
+    } else {
+        format!(
+            "version = 3\n{common}\
+             [plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = '{PAUSE_IMAGE}'\n\
+             [plugins.'io.containerd.cri.v1.runtime'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = '{dir}/cni'\n\
+             [plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = 'runc'\n\
+             [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
+             runtime_type = 'io.containerd.runc.v2'\n\
+             [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.caisson]\n\
+             runtime_type = 'io.containerd.caisson.v2'\n"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_major_version() {
+        assert_eq!(parse_version("containerd github.com/containerd/containerd 1.7.24~ds1 abc"), Some(1));
+        assert_eq!(parse_version("containerd github.com/containerd/containerd/v2 v2.1.9 abc"), Some(2));
+        assert_eq!(parse_version("containerd"), None);
+    }
+
+    #[test]
+    fn each_version_gets_its_own_format() {
+        assert!(config(Path::new("/d"), 1).starts_with("version = 2\nroot = '/d/root'"));
+        assert!(config(Path::new("/d"), 2).starts_with("version = 3\n"));
+    }
+}

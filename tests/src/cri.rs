@@ -1,0 +1,170 @@
+//! A small CRI client: what a kubelet says to containerd when it runs a pod.
+
+// Generated from proto/cri.proto.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+mod proto {
+    tonic::include_proto!("runtime.v1");
+}
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use hyper_util::rt::TokioIo;
+pub use proto::*;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tower::service_fn;
+
+use self::runtime_service_client::RuntimeServiceClient;
+use crate::node::Node;
+
+/// A connection to containerd's CRI plugin.
+#[derive(Clone, Debug)]
+pub struct Cri {
+    client: RuntimeServiceClient<Channel>,
+}
+
+/// A pod that this client runs. It is not removed on drop: [`Cri::remove_pod`] is part of what is tested.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    /// The sandbox's id.
+    pub id: String,
+    config: PodSandboxConfig,
+}
+
+impl Cri {
+    /// Connects to the node's containerd.
+    ///
+    /// # Errors
+    /// When nothing answers there.
+    pub async fn connect(node: &Node) -> Result<Self> {
+        let socket = node.socket();
+        let channel = Endpoint::from_static("http://containerd")
+            .connect_with_connector(service_fn(move |_: Uri| dial(socket.clone())))
+            .await
+            .context("connecting to CRI")?;
+        Ok(Self { client: RuntimeServiceClient::new(channel) })
+    }
+
+    /// The generated client, for a call that has no method of its own here.
+    pub fn raw(&mut self) -> &mut RuntimeServiceClient<Channel> {
+        &mut self.client
+    }
+
+    /// Runs a pod through this runtime handler.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn run_pod(&mut self, config: PodSandboxConfig, handler: &str) -> Result<Pod> {
+        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
+        let reply = self.client.run_pod_sandbox(request).await.context("RunPodSandbox")?;
+        Ok(Pod { id: reply.into_inner().pod_sandbox_id, config })
+    }
+
+    /// A pod's status.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn pod_status(&mut self, pod: &Pod) -> Result<PodSandboxStatus> {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
+        let reply = self.client.pod_sandbox_status(request).await.context("PodSandboxStatus")?;
+        reply.into_inner().status.context("PodSandboxStatus without a status")
+    }
+
+    /// Stops a pod and removes it with its containers.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn remove_pod(&mut self, pod: &Pod) -> Result<()> {
+        let stop = StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+        self.client.stop_pod_sandbox(stop).await.context("StopPodSandbox")?;
+        let remove = RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+        self.client.remove_pod_sandbox(remove).await.context("RemovePodSandbox")?;
+        Ok(())
+    }
+
+    /// Creates and starts a container in a pod, and returns its id.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn run_container(&mut self, pod: &Pod, config: ContainerConfig) -> Result<String> {
+        let create = CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        let reply = self.client.create_container(create).await.context("CreateContainer")?;
+        let container_id = reply.into_inner().container_id;
+        let start = StartContainerRequest { container_id: container_id.clone() };
+        self.client.start_container(start).await.context("StartContainer")?;
+        Ok(container_id)
+    }
+
+    /// Runs a command in a container to its end.
+    ///
+    /// # Errors
+    /// CRI's own; a command that exits with another code than 0 is not one.
+    pub async fn exec(&mut self, container: &str, cmd: &[&str]) -> Result<ExecSyncResponse> {
+        let cmd = cmd.iter().map(ToString::to_string).collect();
+        let request = ExecSyncRequest { container_id: container.into(), cmd, timeout: 60 };
+        Ok(self.client.exec_sync(request).await.context("ExecSync")?.into_inner())
+    }
+
+    /// A container's status.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn container_status(&mut self, container: &str) -> Result<ContainerStatus> {
+        let request = ContainerStatusRequest { container_id: container.into(), verbose: false };
+        let reply = self.client.container_status(request).await.context("ContainerStatus")?;
+        reply.into_inner().status.context("ContainerStatus without a status")
+    }
+
+    /// Waits until a container has exited, and returns its last status.
+    ///
+    /// # Errors
+    /// CRI's own, or when it is still running after a minute.
+    pub async fn wait(&mut self, container: &str) -> Result<ContainerStatus> {
+        for _ in 0..600 {
+            let status = self.container_status(container).await?;
+            if status.state() == ContainerState::ContainerExited {
+                return Ok(status);
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        bail!("container {container} is still running after a minute")
+    }
+}
+
+async fn dial(socket: PathBuf) -> std::io::Result<TokioIo<UnixStream>> {
+    Ok(TokioIo::new(UnixStream::connect(socket).await?))
+}
+
+/// The configuration of a pod that asks for nothing special, in the test cgroup.
+pub fn pod_config(name: &str) -> PodSandboxConfig {
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: name.into(),
+            uid: format!("{name}-uid"),
+            namespace: "caisson-e2e".into(),
+            attempt: 0,
+        }),
+        hostname: name.into(),
+        linux: Some(LinuxPodSandboxConfig {
+            cgroup_parent: format!("/caisson-e2e/{name}"),
+            ..LinuxPodSandboxConfig::default()
+        }),
+        ..PodSandboxConfig::default()
+    }
+}
+
+/// The configuration of a container that runs this command.
+pub fn container_config(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
+        image: Some(ImageSpec { image: image.into(), ..ImageSpec::default() }),
+        command: command.iter().map(ToString::to_string).collect(),
+        linux: Some(LinuxContainerConfig::default()),
+        ..ContainerConfig::default()
+    }
+}

@@ -1,0 +1,20 @@
+//! What the whole-system tests share.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`node`] | the machine under test: its containerd, the products and images that the runner handed over |
+//! | [`containerd`] | a private containerd: configuration for 1.7 and 2.x, start, images, stop |
+//! | [`cri`] | a small CRI client, the kubelet's side |
+//! | [`ctr`] | containerd's own client, as a person types it |
+//! | [`guest`] | Linux guests booted by something other than containerd |
+//! | [`leaks`] | what a machine holds (processes, mounts, cgroups, links…) and what came on top since |
+//!
+//! A test is an ordinary `#[test]` that says "run this on a machine with KVM and containerd". It fails, and does
+//! not skip, when something that it needs is missing: the runner (`cargo xtask test`) provides all of it.
+
+pub mod containerd;
+pub mod cri;
+pub mod ctr;
+pub mod guest;
+pub mod leaks;
+pub mod node;
