@@ -8,9 +8,20 @@
 //! | `metrics.rs` | its counters |
 //! | `tests.rs` | a mock driver against the real device |
 
+use crate::virtio::SavedQueue;
+
 /// The saved state of any virtio device, tagged with its kind.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum DeviceState {}
+
+impl DeviceState {
+    /// The saved queues of an active device, in order; empty for one that was not active. The transport rebuilds
+    /// the device's [`Activation`](crate::virtio::Activation) from them.
+    #[must_use]
+    pub fn queues(&self) -> &[SavedQueue] {
+        match *self {}
+    }
+}
 
 /// The counters of any virtio device, tagged with its kind.
 #[derive(Clone, Debug, serde::Serialize)]

@@ -5,7 +5,9 @@
 //! without KVM.
 
 mod device;
+mod saved_queue;
 
 pub use device::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, VirtioDevice,
 };
+pub use saved_queue::SavedQueue;
