@@ -4,7 +4,10 @@
 //! interrupts. They meet in [`VirtioDevice`] and [`Interrupt`], so each is tested without the other, and both
 //! without KVM.
 
+pub mod buffers;
 mod device;
+#[cfg(test)]
+pub(crate) mod mock;
 mod saved_queue;
 
 pub use device::{
