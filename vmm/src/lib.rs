@@ -6,6 +6,7 @@
 //! | [`virtio`] | the contract between a virtio device and its transport |
 //! | [`devices`] | the devices, one folder each |
 //! | [`metrics`] | lock-free counters |
+//! | [`rate_limiter`] | token buckets for bytes and operations |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
 //!
 //! The guest is hostile. Whatever it can influence (descriptors, registers, indices, packets) is validated and
@@ -15,4 +16,5 @@ pub mod devices;
 pub mod memory;
 pub mod metrics;
 pub mod probe;
+pub mod rate_limiter;
 pub mod virtio;
