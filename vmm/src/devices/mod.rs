@@ -8,22 +8,38 @@
 //! | `metrics.rs` | its counters |
 //! | `tests.rs` | a mock driver against the real device |
 
+pub mod balloon;
+pub mod mem;
+
 use crate::virtio::SavedQueue;
 
 /// The saved state of any virtio device, tagged with its kind.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub enum DeviceState {}
+pub enum DeviceState {
+    /// Memory balloon.
+    Balloon(balloon::BalloonState),
+    /// Memory device.
+    Mem(mem::MemoryState),
+}
 
 impl DeviceState {
     /// The saved queues of an active device, in order; empty for one that was not active. The transport rebuilds
     /// the device's [`Activation`](crate::virtio::Activation) from them.
     #[must_use]
     pub fn queues(&self) -> &[SavedQueue] {
-        match *self {}
+        match self {
+            Self::Balloon(state) => &state.queues,
+            Self::Mem(state) => &state.queues,
+        }
     }
 }
 
 /// The counters of any virtio device, tagged with its kind.
 #[derive(Clone, Debug, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum DeviceMetrics {}
+pub enum DeviceMetrics {
+    /// Memory balloon.
+    Balloon(std::sync::Arc<balloon::BalloonMetrics>),
+    /// Memory device.
+    Mem(std::sync::Arc<mem::MemoryMetrics>),
+}

@@ -6,6 +6,7 @@
 
 pub mod buffers;
 mod device;
+mod drain;
 #[cfg(test)]
 pub(crate) mod mock;
 mod saved_queue;
@@ -13,4 +14,5 @@ mod saved_queue;
 pub use device::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, VirtioDevice,
 };
+pub use drain::{Drained, drain};
 pub use saved_queue::SavedQueue;
