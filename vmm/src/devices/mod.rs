@@ -10,6 +10,7 @@
 
 pub mod balloon;
 pub mod mem;
+pub mod rng;
 
 use crate::virtio::SavedQueue;
 
@@ -20,6 +21,8 @@ pub enum DeviceState {
     Balloon(balloon::BalloonState),
     /// Memory device.
     Mem(mem::MemoryState),
+    /// Entropy source.
+    Rng(rng::RngState),
 }
 
 impl DeviceState {
@@ -30,6 +33,7 @@ impl DeviceState {
         match self {
             Self::Balloon(state) => &state.queues,
             Self::Mem(state) => &state.queues,
+            Self::Rng(state) => &state.queues,
         }
     }
 }
@@ -42,4 +46,6 @@ pub enum DeviceMetrics {
     Balloon(std::sync::Arc<balloon::BalloonMetrics>),
     /// Memory device.
     Mem(std::sync::Arc<mem::MemoryMetrics>),
+    /// Entropy source.
+    Rng(std::sync::Arc<rng::RngMetrics>),
 }
