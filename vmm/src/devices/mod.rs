@@ -9,6 +9,7 @@
 //! | `tests.rs` | a mock driver against the real device |
 
 pub mod balloon;
+pub mod block;
 pub mod mem;
 pub mod rng;
 
@@ -23,6 +24,8 @@ pub enum DeviceState {
     Mem(mem::MemoryState),
     /// Entropy source.
     Rng(rng::RngState),
+    /// Disk.
+    Block(block::BlockState),
 }
 
 impl DeviceState {
@@ -34,6 +37,7 @@ impl DeviceState {
             Self::Balloon(state) => &state.queues,
             Self::Mem(state) => &state.queues,
             Self::Rng(state) => &state.queues,
+            Self::Block(state) => &state.queues,
         }
     }
 }
@@ -48,4 +52,6 @@ pub enum DeviceMetrics {
     Mem(std::sync::Arc<mem::MemoryMetrics>),
     /// Entropy source.
     Rng(std::sync::Arc<rng::RngMetrics>),
+    /// Disk.
+    Block(std::sync::Arc<block::BlockMetrics>),
 }
