@@ -11,6 +11,7 @@
 pub mod balloon;
 pub mod block;
 pub mod mem;
+pub mod net;
 pub mod rng;
 
 use crate::virtio::SavedQueue;
@@ -26,6 +27,8 @@ pub enum DeviceState {
     Rng(rng::RngState),
     /// Disk.
     Block(block::BlockState),
+    /// Network card.
+    Net(net::NetState),
 }
 
 impl DeviceState {
@@ -38,6 +41,7 @@ impl DeviceState {
             Self::Mem(state) => &state.queues,
             Self::Rng(state) => &state.queues,
             Self::Block(state) => &state.queues,
+            Self::Net(state) => &state.queues,
         }
     }
 }
@@ -54,4 +58,6 @@ pub enum DeviceMetrics {
     Rng(std::sync::Arc<rng::RngMetrics>),
     /// Disk.
     Block(std::sync::Arc<block::BlockMetrics>),
+    /// Network card.
+    Net(std::sync::Arc<net::NetMetrics>),
 }

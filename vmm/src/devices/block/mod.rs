@@ -121,6 +121,8 @@ pub struct Block {
 struct Active {
     mem: GuestMem,
     queues: Vec<Queue>,
+    /// Each queue's used index at the last look at whether to interrupt.
+    looked_at: Vec<u16>,
     interrupt: Arc<dyn Interrupt>,
     /// Writes must be safe when they are complete.
     write_through: bool,
@@ -310,6 +312,8 @@ impl Block {
         };
         let ring = |source| DeviceError::Ring { queue: index, source };
         if let Some(queue) = active.queues.get_mut(index).filter(|queue| queue.ready())
+            && let Some(looked_at) = active.looked_at.get_mut(index)
+            && std::mem::replace(looked_at, queue.next_used()) != queue.next_used()
             && queue.needs_notification(&*active.mem).map_err(ring)?
         {
             active.interrupt.signal_queue(index);
@@ -537,6 +541,7 @@ impl VirtioDevice for Block {
         let write_through = !accepted(VIRTIO_BLK_F_FLUSH) && self.config.cache != CacheMode::Unsafe;
         self.active = Some(Active {
             mem,
+            looked_at: queues.iter().map(Queue::next_used).collect(),
             queues,
             interrupt,
             write_through,

@@ -1,0 +1,13 @@
+use serde::{Deserialize, Serialize};
+
+use super::NetConfig;
+use crate::virtio::SavedQueue;
+
+/// A network card in a snapshot. Frames that were on their way are not in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// As it was made.
+    pub config: NetConfig,
+    /// The queues of an active card: receive, transmit.
+    pub queues: Vec<SavedQueue>,
+}
