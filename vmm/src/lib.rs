@@ -2,6 +2,11 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | [`boot`] | what a kernel needs in memory before its first instruction |
+//! | [`config`] | the machine file |
+//! | [`resources`] | what a machine needs from the host, opened before it runs |
+//! | [`machine`] | a KVM virtual machine with its processors, bus and slots |
+//! | [`vcpu`] | virtual processors and the threads that run them |
 //! | [`memory`] | the guest's memory and the one type by which every other module reaches it |
 //! | [`virtio`] | the contract between a virtio device and its transport |
 //! | [`devices`] | the devices, one folder each |
@@ -12,9 +17,14 @@
 //! The guest is hostile. Whatever it can influence (descriptors, registers, indices, packets) is validated and
 //! bounded where it enters; nothing it does may panic, stall or grow this process without limit.
 
+pub mod boot;
+pub mod config;
 pub mod devices;
+pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod probe;
 pub mod rate_limiter;
+pub mod resources;
+pub mod vcpu;
 pub mod virtio;

@@ -10,9 +10,11 @@
 
 pub mod balloon;
 pub mod block;
+pub mod exit;
 pub mod mem;
 pub mod net;
 pub mod rng;
+pub mod serial;
 
 use crate::virtio::SavedQueue;
 

@@ -1,6 +1,14 @@
 //! Guest memory: how it is laid out, what backs it, and how pages of it go back to the host.
 
+mod mapped_file;
+mod ram;
+
+pub mod layout;
+
 use std::{io, sync::Arc};
+
+pub use mapped_file::MappedFile;
+pub use ram::{Backing, GuestRam, HugePages, RamConfig, RamError, Range, Slot};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 

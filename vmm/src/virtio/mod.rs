@@ -7,6 +7,7 @@
 pub mod buffers;
 mod device;
 mod drain;
+pub mod mmio;
 #[cfg(test)]
 pub(crate) mod mock;
 mod saved_queue;

@@ -1,0 +1,162 @@
+use std::sync::Arc;
+
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use super::MachineBus;
+use crate::{
+    boot::{Entry, mp_table::MAX_PROCESSORS},
+    memory::GuestRam,
+    vcpu::{VcpuCommandError, VcpuError, VcpuThread, cpuid::CpuTemplate, registers},
+};
+
+/// Why processors could not be made or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessorError {
+    /// A number that the machine cannot have.
+    #[error("{wanted} processors: this machine can have 1 to {max}")]
+    Count {
+        /// What was asked for.
+        wanted: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// Processors are never taken away: the guest takes them offline.
+    #[error("the machine has {has} processors already; the guest takes processors offline itself")]
+    Shrink {
+        /// How many it has.
+        has: usize,
+    },
+    /// One could not be made.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// One is gone.
+    #[error(transparent)]
+    Gone(#[from] VcpuCommandError),
+    /// The host does not say what its processors can do.
+    #[error("asking KVM for CPUID")]
+    Cpuid(#[source] kvm_ioctls::Error),
+}
+
+/// The machine's processors: those that exist, of those that may.
+pub struct Processors {
+    threads: Vec<VcpuThread>,
+    running: bool,
+    vm: Arc<VmFd>,
+    bus: Arc<MachineBus>,
+    template: CpuTemplate,
+    max: u8,
+}
+
+impl Processors {
+    pub(super) fn new(
+        kvm: &Kvm,
+        vm: Arc<VmFd>,
+        bus: Arc<MachineBus>,
+        max: u8,
+    ) -> Result<Self, ProcessorError> {
+        let limit = kvm.get_max_vcpus().min(usize::from(MAX_PROCESSORS));
+        if max == 0 || usize::from(max) > limit {
+            return Err(ProcessorError::Count { wanted: usize::from(max), max: limit });
+        }
+        let template = CpuTemplate::of_host(kvm).map_err(ProcessorError::Cpuid)?;
+        Ok(Self { threads: Vec::new(), running: false, vm, bus, template, max })
+    }
+
+    /// How many processors exist.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// The threads, in the order of their processors.
+    #[must_use]
+    pub fn threads(&self) -> &[VcpuThread] {
+        &self.threads
+    }
+
+    /// Whether they run.
+    #[must_use]
+    pub fn running(&self) -> bool {
+        self.running
+    }
+
+    /// Makes processor 0, at the kernel's entry.
+    pub(super) fn boot(&mut self, ram: &GuestRam, entry: Entry) -> Result<(), ProcessorError> {
+        let vcpu = self.create(0)?;
+        registers::set_firmware_msrs(&vcpu, 0)?;
+        registers::enter_kernel(&vcpu, ram.mem(), entry)?;
+        self.start(0, vcpu)
+    }
+
+    /// Makes processors until there are `count`. The guest may bring the new ones up from now on; until then each
+    /// waits inside KVM.
+    ///
+    /// # Errors
+    /// When the machine was not made for as many, or the host refuses.
+    pub fn grow(&mut self, count: u8) -> Result<(), ProcessorError> {
+        let (wanted, has) = (usize::from(count), self.threads.len());
+        if count == 0 || count > self.max {
+            return Err(ProcessorError::Count { wanted, max: usize::from(self.max) });
+        }
+        if wanted < has {
+            return Err(ProcessorError::Shrink { has });
+        }
+        for id in (0..count).skip(has) {
+            let vcpu = self.create(id)?;
+            registers::set_firmware_msrs(&vcpu, id)?;
+            self.start(id, vcpu)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a processor that was set up by `prepare`.
+    ///
+    /// # Errors
+    /// When the host refuses or `prepare` does.
+    pub fn add_with<E: From<ProcessorError>>(
+        &mut self,
+        id: u8,
+        prepare: impl FnOnce(&VcpuFd) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let vcpu = self.create(id)?;
+        prepare(&vcpu)?;
+        Ok(self.start(id, vcpu)?)
+    }
+
+    fn create(&self, id: u8) -> Result<VcpuFd, ProcessorError> {
+        let vcpu = self.vm.create_vcpu(u64::from(id)).map_err(|source| VcpuError::Kvm {
+            id,
+            what: "creating it",
+            source,
+        })?;
+        let cpuid = self.template.for_vcpu(id, self.max).map_err(|_| VcpuError::Cpuid { id })?;
+        vcpu.set_cpuid2(&cpuid).map_err(|source| VcpuError::Kvm { id, what: "setting CPUID", source })?;
+        Ok(vcpu)
+    }
+
+    fn start(&mut self, id: u8, vcpu: VcpuFd) -> Result<(), ProcessorError> {
+        let thread = VcpuThread::spawn(id, vcpu, self.bus.clone(), || {})?;
+        if self.running {
+            thread.resume()?;
+        }
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    pub(super) fn resume(&mut self) -> Result<(), ProcessorError> {
+        for thread in &self.threads {
+            thread.resume()?;
+        }
+        self.running = true;
+        Ok(())
+    }
+
+    pub(super) fn pause(&mut self) -> Result<(), ProcessorError> {
+        let paused = self.threads.iter().map(VcpuThread::pause).collect::<Result<Vec<_>, _>>()?;
+        for (thread, paused) in self.threads.iter().zip(paused) {
+            paused.recv().map_err(|_| VcpuCommandError { id: thread.id() })?;
+        }
+        self.running = false;
+        Ok(())
+    }
+}

@@ -1,0 +1,360 @@
+//! The machine's memory and what backs each part of it.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion, mmap::MmapRegionBuilder,
+};
+
+use super::{Discard, GuestMem, MappedFile, layout, layout::PAGE_SIZE};
+
+/// How pages of guest memory are allocated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backing {
+    /// Private anonymous memory.
+    #[default]
+    Anonymous,
+    /// A memory file, so that another process may be handed the guest's memory.
+    Memfd,
+}
+
+/// Whether guest memory uses huge pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HugePages {
+    /// Only as the host's own policy has it.
+    #[default]
+    Off,
+    /// Ask for transparent huge pages.
+    Transparent,
+    /// Take 2 MiB pages from the host's pool.
+    Reserved,
+}
+
+/// What memory to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamConfig {
+    /// Memory present at boot, in bytes.
+    pub size: u64,
+    /// Address space for memory plugged later, in bytes; 0 for none.
+    pub hotplug: u64,
+    /// How its pages are allocated.
+    pub backing: Backing,
+    /// Whether they are huge.
+    pub huge_pages: HugePages,
+}
+
+/// Why guest memory could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// The host would not map that much.
+    #[error("mapping {size} bytes of guest memory")]
+    Map {
+        /// How much was asked for.
+        size: u64,
+        /// Why it failed.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The memory file could not be made or sized.
+    #[error("creating the guest's memory file")]
+    Memfd(#[source] io::Error),
+    /// A size that the address space does not hold.
+    #[error("{0} bytes of guest memory do not fit the address space")]
+    TooLarge(u64),
+    /// Setting up huge pages failed.
+    #[error("asking for transparent huge pages")]
+    HugePages(#[source] io::Error),
+    /// The regions do not form a memory map.
+    #[error("laying out guest memory")]
+    Layout(#[source] vm_memory::GuestRegionCollectionError),
+}
+
+/// A part of guest memory that the hypervisor is told about as one slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Guest physical address.
+    pub guest: u64,
+    /// Its address in this process.
+    pub host: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// A contiguous range of guest physical memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Range {
+    /// Where it starts.
+    pub start: u64,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+impl Range {
+    fn overlaps(&self, start: u64, len: u64) -> bool {
+        self.start < start.saturating_add(len) && start < self.start.saturating_add(self.len)
+    }
+}
+
+/// The machine's memory, with the knowledge of what backs it.
+pub struct GuestRam {
+    mem: GuestMem,
+    config: RamConfig,
+    /// Parts of anonymous memory over which a file is mapped.
+    file_parts: Mutex<Vec<Range>>,
+}
+
+impl GuestRam {
+    /// Maps memory for a machine. No page of it is populated.
+    ///
+    /// # Errors
+    /// When the host refuses, see [`RamError`].
+    pub fn new(config: RamConfig) -> Result<Self, RamError> {
+        let mut parts = layout::boot_regions(config.size);
+        if config.hotplug > 0 {
+            parts.push((layout::hotplug_start(config.size), config.hotplug));
+        }
+        let regions = parts
+            .into_iter()
+            .map(|(start, len)| region(start, len, &config))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
+        Ok(Self { mem: Arc::new(mem), config, file_parts: Mutex::new(Vec::new()) })
+    }
+
+    /// The memory as devices see it.
+    #[must_use]
+    pub fn mem(&self) -> &GuestMem {
+        &self.mem
+    }
+
+    /// What it was made from.
+    #[must_use]
+    pub fn config(&self) -> &RamConfig {
+        &self.config
+    }
+
+    /// The range for memory that is plugged later, if there is one.
+    #[must_use]
+    pub fn hotplug_range(&self) -> Option<Range> {
+        let start = layout::hotplug_start(self.config.size);
+        (self.config.hotplug > 0).then_some(Range { start, len: self.config.hotplug })
+    }
+
+    /// What to tell the hypervisor, in order.
+    #[must_use]
+    pub fn slots(&self) -> Vec<Slot> {
+        self.mem
+            .iter()
+            .map(|region| Slot {
+                guest: region.start_addr().0,
+                host: region.as_ptr() as u64,
+                len: region.len(),
+            })
+            .collect()
+    }
+
+    /// A reader of `file` that maps what it reads into guest memory wherever it can, for loaders of images.
+    ///
+    /// The file's content must not change for as long as the machine lives.
+    ///
+    /// # Errors
+    /// When the file's length cannot be told.
+    pub fn map_file<'a>(&'a self, file: &'a File) -> io::Result<MappedFile<'a>> {
+        let mappable =
+            self.config.backing == Backing::Anonymous && self.config.huge_pages != HugePages::Reserved;
+        MappedFile::new(file, mappable.then_some(self))
+    }
+
+    /// Remembers that a file is mapped over `len` bytes at the host address `host`.
+    pub(super) fn note_file_part(&self, host: u64, len: u64) {
+        for slot in self.slots() {
+            if host >= slot.host && host < slot.host + slot.len {
+                let range = Range { start: slot.guest + (host - slot.host), len };
+                self.file_parts.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+            }
+        }
+    }
+
+    fn shows_file(&self, start: u64, len: u64) -> bool {
+        let parts = self.file_parts.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.iter().any(|part| part.overlaps(start, len))
+    }
+
+    /// Frees pages of one region.
+    fn discard_in(&self, region: &GuestRegionMmap<()>, start: u64, len: u64) -> io::Result<()> {
+        let host = region
+            .get_host_address(vm_memory::MemoryRegionAddress(start - region.start_addr().0))
+            .map_err(|_| io::ErrorKind::InvalidInput)?
+            .cast::<libc::c_void>();
+        let bytes = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        if self.shows_file(start, len) {
+            return self.replace(host, start, bytes);
+        }
+        let advice = match self.config.backing {
+            Backing::Anonymous => libc::MADV_DONTNEED,
+            Backing::Memfd => libc::MADV_REMOVE,
+        };
+        // SAFETY: the range lies inside this region's mapping, which lives as long as `self`, and guest memory is
+        // only ever accessed as volatile bytes, to which turning zero is one more change from outside.
+        let done = unsafe { libc::madvise(host, bytes, advice) };
+        if done == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // Part of a huge page cannot be freed, but it can be cleared.
+        if error.raw_os_error() == Some(libc::EINVAL) { self.clear(start, bytes) } else { Err(error) }
+    }
+
+    /// Puts fresh anonymous memory in the place of pages that show a file's bytes.
+    fn replace(&self, host: *mut libc::c_void, start: u64, len: usize) -> io::Result<()> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: the range lies inside one of this memory's own mappings, so nothing else is replaced, and the
+        // new mapping grants the same access.
+        let mapped = unsafe { libc::mmap(host, len, prot, flags, -1, 0) };
+        if mapped != libc::MAP_FAILED {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // The process's count of mappings is bounded; a guest that frees every other page reaches it.
+        if error.raw_os_error() == Some(libc::ENOMEM) { self.clear(start, len) } else { Err(error) }
+    }
+
+    fn clear(&self, start: u64, len: usize) -> io::Result<()> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        let mut done = 0;
+        while done < len {
+            let n = ZEROS.len().min(len - done);
+            self.mem
+                .write_slice(ZEROS.get(..n).unwrap_or(&ZEROS), GuestAddress(start + done as u64))
+                .map_err(io::Error::other)?;
+            done += n;
+        }
+        Ok(())
+    }
+}
+
+impl Discard for GuestRam {
+    fn discard(&self, addr: GuestAddress, len: u64) -> io::Result<()> {
+        let aligned = addr.0.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+        let Some(end) = addr.0.checked_add(len).filter(|_| aligned) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let mut start = addr.0;
+        while start < end {
+            let region = self.mem.find_region(GuestAddress(start)).ok_or(io::ErrorKind::InvalidInput)?;
+            let here = (region.last_addr().0 - start + 1).min(end - start);
+            self.discard_in(region, start, here)?;
+            start += here;
+        }
+        Ok(())
+    }
+}
+
+fn region(start: u64, len: u64, config: &RamConfig) -> Result<GuestRegionMmap<()>, RamError> {
+    let size = usize::try_from(len).map_err(|_| RamError::TooLarge(len))?;
+    let mapping = map(size, config)?;
+    if config.huge_pages == HugePages::Transparent {
+        // SAFETY: the range is exactly the mapping just made; the advice changes nothing about its content.
+        let advised = unsafe { libc::madvise(mapping.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+        if advised != 0 {
+            return Err(RamError::HugePages(io::Error::last_os_error()));
+        }
+    }
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(RamError::TooLarge(len))
+}
+
+fn map(size: usize, config: &RamConfig) -> Result<MmapRegion<()>, RamError> {
+    let huge = config.huge_pages == HugePages::Reserved;
+    let builder =
+        MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).with_hugetlbfs(huge);
+    let builder = match config.backing {
+        Backing::Anonymous => builder.with_mmap_flags(
+            libc::MAP_PRIVATE
+                | libc::MAP_ANONYMOUS
+                | libc::MAP_NORESERVE
+                | if huge { libc::MAP_HUGETLB } else { 0 },
+        ),
+        Backing::Memfd => {
+            let file = memfd(size as u64, huge).map_err(RamError::Memfd)?;
+            builder
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::new(file, 0))
+        }
+    };
+    builder.build().map_err(|source| RamError::Map { size: size as u64, source })
+}
+
+fn memfd(size: u64, huge: bool) -> io::Result<File> {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    let huge = if huge { MFdFlags::MFD_HUGETLB } else { MFdFlags::empty() };
+    let file = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | huge)?);
+    file.set_len(size)?;
+    debug_assert!(file.as_raw_fd() >= 0);
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use vm_memory::ReadVolatile;
+
+    use super::*;
+
+    fn ram(backing: Backing) -> GuestRam {
+        let config = RamConfig { size: 4 << 20, hotplug: 0, backing, huge_pages: HugePages::Off };
+        GuestRam::new(config).unwrap()
+    }
+
+    fn byte(ram: &GuestRam, addr: u64) -> u8 {
+        ram.mem().read_obj(GuestAddress(addr)).unwrap()
+    }
+
+    #[test]
+    fn discarded_memory_reads_zero() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let ram = ram(backing);
+            ram.mem().write_slice(&[7; 12288], GuestAddress(0x1000)).unwrap();
+            ram.discard(GuestAddress(0x2000), 4096).unwrap();
+            assert_eq!(
+                (byte(&ram, 0x1fff), byte(&ram, 0x2000), byte(&ram, 0x2fff), byte(&ram, 0x3000)),
+                (7, 0, 0, 7)
+            );
+        }
+    }
+
+    #[test]
+    fn discarding_mapped_file_pages_leaves_zeros_not_the_file() {
+        let ram = ram(Backing::Anonymous);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[9; 8192]).unwrap();
+        let mut slice = ram.mem().get_slices(GuestAddress(0x10_0000), 8192).next().unwrap().unwrap();
+        let mut source = ram.map_file(&file).unwrap();
+        std::io::Seek::rewind(&mut source).unwrap();
+        source.read_exact_volatile(&mut slice).unwrap();
+        assert_eq!((byte(&ram, 0x10_0000), byte(&ram, 0x10_1fff)), (9, 9));
+        ram.discard(GuestAddress(0x10_0000), 4096).unwrap();
+        assert_eq!((byte(&ram, 0x10_0000), byte(&ram, 0x10_1000)), (0, 9));
+    }
+
+    #[test]
+    fn refuses_to_discard_what_is_not_its_own() {
+        let ram = ram(Backing::Anonymous);
+        for (addr, len) in
+            [(1, 4096), (0, 100), (4 << 20, 4096), ((4 << 20) - 4096, 8192), (u64::MAX - 4095, 4096)]
+        {
+            let error = ram.discard(GuestAddress(addr), len).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{addr:#x}+{len:#x}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! What a machine needs from the host, opened before it runs.
+//!
+//! This is the only place that opens files. It runs in the launcher, with the host in view; the machine that is
+//! made from its result runs where nothing can be opened.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+use kvm_ioctls::Kvm;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use crate::config::{FileSource, MachineConfig};
+
+/// A resource that could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ResourceError {
+    /// A file could not be opened.
+    #[error("{field}: opening {name}")]
+    Open {
+        /// The field of the configuration that names it.
+        field: String,
+        /// The name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM could not be opened.
+    #[error("opening /dev/kvm")]
+    Kvm(#[source] io::Error),
+}
+
+/// Where `fd:N` finds descriptor N.
+pub enum Descriptors {
+    /// Among those that the process was started with.
+    Inherited,
+    /// Among those that came with a request.
+    Passed(Vec<OwnedFd>),
+}
+
+/// How a file is to be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read.
+    Read,
+    /// To append to, and made if it is not there.
+    Append,
+    /// To read and write.
+    ReadWrite,
+    /// To write from the beginning, and made if it is not there.
+    Create,
+}
+
+impl Descriptors {
+    /// Opens what `source` names; `field` is for the error.
+    ///
+    /// # Errors
+    /// When it does not exist or may not be opened.
+    pub fn open(&self, field: &str, source: &FileSource, access: Access) -> Result<File, ResourceError> {
+        let opened = match source {
+            FileSource::Path(path) => {
+                let mut options = OpenOptions::new();
+                match access {
+                    Access::Read => options.read(true),
+                    Access::Append => options.append(true).create(true),
+                    Access::ReadWrite => options.read(true).write(true),
+                    Access::Create => options.write(true).create(true).truncate(true),
+                };
+                options.open(path)
+            }
+            FileSource::Descriptor(number) => self.duplicate(*number, access),
+        };
+        opened.map_err(|source_error| ResourceError::Open {
+            field: field.to_owned(),
+            name: source.to_string(),
+            source: source_error,
+        })
+    }
+
+    fn duplicate(&self, number: u32, access: Access) -> io::Result<File> {
+        let missing = || io::Error::from_raw_os_error(libc::EBADF);
+        let descriptor = match self {
+            Self::Inherited => {
+                let raw = i32::try_from(number).map_err(|_| missing())?;
+                // SAFETY: the borrow ends with the call below, which fails cleanly on a number that is not open.
+                let inherited = unsafe { BorrowedFd::borrow_raw(raw) };
+                duplicate(inherited)?
+            }
+            Self::Passed(passed) => {
+                let index = usize::try_from(number).map_err(|_| missing())?;
+                duplicate(passed.get(index).ok_or_else(missing)?.as_fd())?
+            }
+        };
+        check_access(&descriptor, access)?;
+        Ok(File::from(descriptor))
+    }
+}
+
+fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let raw = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(3))?;
+    // SAFETY: the call has just returned it, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// A descriptor that was handed over must allow what it is for, or a guest finds out at the worst moment.
+fn check_access(fd: &OwnedFd, access: Access) -> io::Result<()> {
+    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
+    let mode = flags & OFlag::O_ACCMODE;
+    let allowed = match access {
+        Access::Read => mode != OFlag::O_WRONLY,
+        Access::Append | Access::Create => mode != OFlag::O_RDONLY,
+        Access::ReadWrite => mode == OFlag::O_RDWR,
+    };
+    if allowed { Ok(()) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+}
+
+/// Opens KVM.
+///
+/// # Errors
+/// When the device is missing or may not be used.
+pub fn open_kvm() -> Result<Kvm, ResourceError> {
+    Kvm::new().map_err(|error| ResourceError::Kvm(error.into()))
+}
+
+/// Everything that a machine file names.
+pub struct Resources {
+    /// The kernel image.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initramfs: Option<File>,
+    /// Where the console goes.
+    pub console: Option<File>,
+}
+
+impl Resources {
+    /// Opens everything that `config` names.
+    ///
+    /// # Errors
+    /// The first file that could not be opened, with the field that names it.
+    pub fn open(config: &MachineConfig, descriptors: &Descriptors) -> Result<Self, ResourceError> {
+        let kernel = descriptors.open("kernel.image", &config.kernel.image, Access::Read)?;
+        let initramfs = config.kernel.initramfs.as_ref();
+        let initramfs =
+            initramfs.map(|source| descriptors.open("kernel.initramfs", source, Access::Read)).transpose()?;
+        let console = config.console.output.as_ref();
+        let console =
+            console.map(|source| descriptors.open("console.output", source, Access::Append)).transpose()?;
+        Ok(Self { kernel, initramfs, console })
+    }
+}
