@@ -15,6 +15,7 @@ pub mod mem;
 pub mod net;
 pub mod rng;
 pub mod serial;
+pub mod vsock;
 
 use crate::virtio::SavedQueue;
 
@@ -31,6 +32,8 @@ pub enum DeviceState {
     Block(block::BlockState),
     /// Network card.
     Net(net::NetState),
+    /// Socket device.
+    Vsock(vsock::VsockState),
 }
 
 impl DeviceState {
@@ -44,6 +47,7 @@ impl DeviceState {
             Self::Rng(state) => &state.queues,
             Self::Block(state) => &state.queues,
             Self::Net(state) => &state.queues,
+            Self::Vsock(state) => &state.queues,
         }
     }
 }
@@ -62,4 +66,6 @@ pub enum DeviceMetrics {
     Block(std::sync::Arc<block::BlockMetrics>),
     /// Network card.
     Net(std::sync::Arc<net::NetMetrics>),
+    /// Socket device.
+    Vsock(std::sync::Arc<vsock::VsockMetrics>),
 }

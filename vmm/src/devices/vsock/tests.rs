@@ -1,0 +1,6 @@
+//! A mock driver and real unix sockets, with the device between them.
+
+mod driver;
+mod endings;
+mod hostile;
+mod streams;
