@@ -1,0 +1,59 @@
+//! `cargo xtask`: everything that has to be done with this workspace and that cargo alone does not do.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`kernel`] | the guest kernel, from Debian's sources and `guest-kernel-config/` |
+//! | [`initramfs`] | cpio archives; the guest's initramfs, which is the agent |
+//! | [`testbed`] | an emulated machine with KVM and containerd: build, boot, run a command in it |
+//! | [`host`] | where the workspace, the target directory and the cache are |
+//! | [`cache`] | entries named by the hash of what they are made from, atomic and safe against being killed |
+//! | [`apt`] | the host's missing packages, and packages of other suites without touching the host |
+//! | [`proc`] | child processes that end with xtask |
+
+mod apt;
+mod cache;
+mod host;
+mod initramfs;
+mod kernel;
+mod proc;
+mod testbed;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use host::Host;
+
+/// Builds, boots and tests everything that cargo alone does not.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build the guest kernel and print where it is and how large.
+    Kernel(kernel::KernelArgs),
+    /// Pack a static agent into the guest's initramfs and print where it is.
+    Initramfs {
+        /// The agent; `cargo xtask test` builds it by itself.
+        agent: PathBuf,
+    },
+    /// An emulated machine with a real KVM and containerd.
+    #[command(subcommand)]
+    Testbed(testbed::TestbedCommand),
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let host = Host::find()?;
+    match arguments.command {
+        Task::Kernel(args) => kernel::report(&kernel::build(&host, args)?)?,
+        Task::Initramfs { agent } => println!("{}", initramfs::build(&host, &agent)?.display()),
+        Task::Testbed(command) => return testbed::run(&host, command),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,176 @@
+//! One command in the testbed, or on this host when that has hardware KVM.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use nix::sys::signal::Signal;
+
+use super::{
+    MachineArgs,
+    boot::{self, Share, Terminal, TimedOut},
+    root,
+};
+use crate::{host::Host, proc};
+
+/// What `timeout(1)` exits with, too.
+const TIMED_OUT: u8 = 124;
+
+/// Options of `cargo xtask testbed exec`.
+///
+/// Inside, `/workspace`, `/target` and `/cache` are the host's, read-only; `/exchange` is an empty directory, or the
+/// one named by `--exchange`, to bring results out; `/scratch` is a disk that is thrown away.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ExecArgs {
+    /// The machine.
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// A directory of this host that the command sees as `/exchange` and may write to.
+    #[arg(long)]
+    pub(crate) exchange: Option<PathBuf>,
+    /// Set an environment variable, `NAME=VALUE`, for the command.
+    #[arg(long)]
+    pub(crate) env: Vec<String>,
+    /// End the command after so many seconds and exit with 124.
+    #[arg(long)]
+    pub(crate) timeout: Option<u64>,
+    /// Run the command on this host, whose KVM must have hardware virtualization.
+    #[arg(long)]
+    pub(crate) direct: bool,
+    /// The command and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+/// Runs a command and passes on its output and exit code.
+///
+/// # Errors
+/// When the testbed can't be built or booted, or ends before the command does.
+pub(crate) fn exec(host: &Host, args: &ExecArgs) -> Result<ExitCode> {
+    if args.direct {
+        return direct(args);
+    }
+    let bed = root::build(host, args.machine.variant)?;
+    let scratch = host.cache.scratch()?;
+    let exchange = match &args.exchange {
+        Some(directory) => {
+            directory.canonicalize().with_context(|| format!("finding {}", directory.display()))?
+        }
+        None => scratch.path().to_owned(),
+    };
+    // A share of its own, so that two commands may use one exchange directory.
+    let job = scratch.path().join("job");
+    fs::create_dir(&job).context("making the job's directory")?;
+    fs::write(job.join("job"), script(args)?).context("writing the job")?;
+    let mut shares = shares(host);
+    shares.push(Share { tag: "job".to_owned(), host: job, writable: false });
+    shares.push(Share { tag: "exchange".to_owned(), host: exchange, writable: true });
+
+    let machine = boot::boot(host, &bed, &args.machine, &shares, Terminal::Streams)?;
+    match machine.run(args.timeout.map(Duration::from_secs)) {
+        Ok(code) => Ok(ExitCode::from(code)),
+        Err(error) if error.is::<TimedOut>() => {
+            eprintln!("==> {error}");
+            Ok(ExitCode::from(TIMED_OUT))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Opens a shell on the machine's console.
+///
+/// # Errors
+/// When the testbed can't be built or booted.
+pub(crate) fn shell(host: &Host, args: &MachineArgs) -> Result<ExitCode> {
+    let bed = root::build(host, args.variant)?;
+    let mut args = args.clone();
+    args.append = Some(format!("caisson.shell {}", args.append.unwrap_or_default()));
+    let scratch = host.cache.scratch()?;
+    let mut shares = shares(host);
+    shares.push(Share { tag: "exchange".to_owned(), host: scratch.path().to_owned(), writable: true });
+    let machine = boot::boot(host, &bed, &args, &shares, Terminal::Shell)?;
+    let code = machine.run(None);
+    // QEMU was killed with the terminal in raw mode.
+    let _ = Command::new("stty").arg("sane").status();
+    Ok(ExitCode::from(code?))
+}
+
+fn shares(host: &Host) -> Vec<Share> {
+    let share =
+        |tag: &str, path: &Path| Share { tag: tag.to_owned(), host: path.to_owned(), writable: false };
+    vec![
+        share("workspace", &host.workspace),
+        share("target", &host.target),
+        share("cache", host.cache.root()),
+    ]
+}
+
+/// A shell script that becomes the command.
+fn script(args: &ExecArgs) -> Result<String> {
+    let mut script = String::new();
+    for variable in &args.env {
+        let (name, value) =
+            variable.split_once('=').with_context(|| format!("--env {variable} has no `=`"))?;
+        let valid = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        ensure!(valid && !name.is_empty(), "--env {variable}: {name:?} is no name of a variable");
+        script.push_str(&format!("export {name}={}\n", quote(value)));
+    }
+    let words: Vec<String> = args.command.iter().map(|word| quote(word)).collect();
+    script.push_str(&format!("exec {}\n", words.join(" ")));
+    Ok(script)
+}
+
+/// A word that the shell takes as it is.
+fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// Runs the command here.
+fn direct(args: &ExecArgs) -> Result<ExitCode> {
+    ensure!(
+        has_hardware_kvm(),
+        "--direct needs /dev/kvm and a processor with vmx or svm; without, leave the option out and use the testbed"
+    );
+    let mut command = proc::dies_with_us(&args.command[0], Signal::SIGTERM);
+    command.args(&args.command[1..]);
+    for variable in &args.env {
+        let (name, value) =
+            variable.split_once('=').with_context(|| format!("--env {variable} has no `=`"))?;
+        command.env(name, value);
+    }
+    let mut child = command.spawn().with_context(|| format!("starting {}", args.command[0]))?;
+    let status = match args.timeout {
+        Some(seconds) => {
+            proc::wait_until(&mut child, std::time::Instant::now() + Duration::from_secs(seconds))?
+        }
+        None => child.wait().context("waiting for the command")?,
+    };
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(ExitCode::from(code.unwrap_or(TIMED_OUT)))
+}
+
+/// Whether this host's processor has hardware virtualization and there is a `/dev/kvm` to use it.
+pub(crate) fn has_hardware_kvm() -> bool {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpus.lines().find(|line| line.starts_with("flags")).unwrap_or("");
+    Path::new("/dev/kvm").exists() && flags.split(' ').any(|flag| flag == "vmx" || flag == "svm")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_reach_the_command_as_they_are() {
+        let words = ["plain", "two words", "it's", "$HOME `id` \"x\"", "", "-n"];
+        let line: Vec<String> = words.iter().map(|word| quote(word)).collect();
+        let printed =
+            Command::new("sh").args(["-c", &format!("printf '%s\\n' {}", line.join(" "))]).output().unwrap();
+        assert_eq!(String::from_utf8(printed.stdout).unwrap().lines().collect::<Vec<_>>(), words);
+    }
+}
