@@ -1,7 +1,24 @@
 //! `caisson-agent`: PID 1 of a pod's virtual machine.
 //!
+//! - [`init`]: the duties of PID 1: mounts, the kernel's log, the end of the machine.
+//! - [`options`]: the command line, and `caisson.*` of the kernel's.
+//! - [`connection`]: connections from the host; [`streams`]: byte streams over them.
+//! - [`service`]: the gRPC services; thin layers over the modules below.
+//! - [`state`]: what they share; [`ring`]: numbered histories of events and log lines; [`log`].
+//! - [`guest`]: the guest as a machine: entropy, names, processors, memory, device slots; [`clock`]; [`metrics`].
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock.
 
+pub mod clock;
+pub mod connection;
 pub mod container;
+pub mod guest;
+pub mod init;
+pub mod log;
+pub mod metrics;
+pub mod options;
 pub mod reaper;
+pub mod ring;
+pub mod service;
+pub mod state;
+pub mod streams;

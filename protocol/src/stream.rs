@@ -12,7 +12,8 @@
 //!   stdin. On a terminal it does nothing: a terminal has no end of file, the host sends `^D`.
 //! - *Back-pressure* is the transport's: who does not read stops the writer. The agent buffers at most 64 KiB.
 //! - *Detach.* A connection that breaks without a half-close leaves its stream open, and it can be connected to
-//!   again; bytes which were in the broken connection are lost. One connection at a time.
+//!   again; bytes which were in the broken connection are lost. One connection at a time. A host that half-closes
+//!   an output stream detaches from it.
 //! - *Exit.* The exit of a process is reported after the last byte of its output was written to its connection.
 //!   An output that nobody takes delays the report by [`DRAIN_TIMEOUT`](crate::limits::DRAIN_TIMEOUT) at most,
 //!   and is then reported as incomplete. Streams end with end of data after the process's last descriptor closes.
