@@ -7,6 +7,7 @@
 //! | [`cri`] | a small CRI client, the kubelet's side |
 //! | [`ctr`] | containerd's own client, as a person types it |
 //! | [`guest`] | Linux guests booted by something other than containerd |
+//! | [`vsock`] | a guest of our own VMM that serves vsock ports |
 //! | [`leaks`] | what a machine holds (processes, mounts, cgroups, links…) and what came on top since |
 //!
 //! A test is an ordinary `#[test]` that says "run this on a machine with KVM and containerd". It fails, and does
@@ -18,3 +19,4 @@ pub mod ctr;
 pub mod guest;
 pub mod leaks;
 pub mod node;
+pub mod vsock;

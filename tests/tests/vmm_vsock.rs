@@ -1,0 +1,174 @@
+//! The vsock device on real KVM, with Linux's own driver on the other side.
+
+use std::{
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use caisson_e2e::vsock::{DIAL, ECHO, RELEASE, SINK, SOURCE, VsockGuest, pattern};
+
+const ECONNRESET: i32 = 104;
+
+fn boot() -> Result<VsockGuest> {
+    // An archive of tests is run elsewhere than where it was built; its runner says where the binary is.
+    let program = std::env::var_os("NEXTEST_BIN_EXE_vsock-guest")
+        .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_vsock-guest")), PathBuf::from);
+    VsockGuest::boot(&program)
+}
+
+/// Sends `data`, receives as much, and compares.
+fn echo(stream: &UnixStream, data: &[u8]) -> Result<()> {
+    let mut back = vec![0; data.len()];
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut to = stream;
+            to.write_all(data)
+        });
+        let mut from = stream;
+        from.read_exact(&mut back)?;
+        writer.join().map_err(|_| std::io::Error::other("the writer panicked"))?
+    })?;
+    ensure!(back == data, "what came back differs");
+    Ok(())
+}
+
+#[test]
+fn a_hundred_megabytes_go_both_ways_intact() -> Result<()> {
+    let guest = boot()?;
+    let stream = guest.connect(ECHO)?;
+    let data = pattern(100 << 20);
+    let start = Instant::now();
+    echo(&stream, &data)?;
+    println!("100 MiB each way in {:.2?}", start.elapsed());
+    Ok(())
+}
+
+#[test]
+fn two_hundred_streams_go_side_by_side() -> Result<()> {
+    let guest = boot()?;
+    let data = pattern(256 << 10);
+    thread::scope(|scope| -> Result<()> {
+        let streams: Vec<_> =
+            (0..200).map(|_| scope.spawn(|| -> Result<()> { echo(&guest.connect(ECHO)?, &data) })).collect();
+        for stream in streams {
+            stream.join().expect("a stream's thread")?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn connections_open_and_end_as_sockets_do() -> Result<()> {
+    let guest = boot()?;
+
+    // The end of one direction leaves the other open.
+    let mut stream = guest.connect(ECHO)?;
+    let data = pattern(1 << 20);
+    let mut writer = stream.try_clone()?;
+    let mut back = Vec::new();
+    thread::scope(|scope| -> Result<()> {
+        let sent = scope.spawn(|| {
+            writer.write_all(&data)?;
+            writer.shutdown(Shutdown::Write)
+        });
+        stream.read_to_end(&mut back)?;
+        Ok(sent.join().expect("the writer's thread")?)
+    })?;
+    ensure!(back == data, "{} bytes came back before the end", back.len());
+
+    // Nobody listens: refused at once, not after a timeout.
+    let start = Instant::now();
+    ensure!(guest.connect(9).is_err(), "port 9 answered");
+    ensure!(start.elapsed() < Duration::from_secs(3), "it took {:?}", start.elapsed());
+
+    // From the guest to the host.
+    let service = guest.serve(7000)?;
+    let mut control = guest.connect(DIAL)?;
+    control.write_all(&7000u32.to_le_bytes())?;
+    let mut answer = [0; 4];
+    control.read_exact(&mut answer)?;
+    ensure!(i32::from_le_bytes(answer) == 0, "the guest's connect failed: {answer:?}");
+    echo(&service.accept()?.0, &data)?;
+    let mut control = guest.connect(DIAL)?;
+    control.write_all(&7001u32.to_le_bytes())?;
+    control.read_exact(&mut answer)?;
+    ensure!(i32::from_le_bytes(answer) == ECONNRESET, "port 7001 of the host: {answer:?}");
+
+    // The same again and again leaves nothing behind.
+    for round in 0..300u32 {
+        let stream = guest.connect(ECHO)?;
+        echo(&stream, &round.to_le_bytes())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn slow_readers_slow_nobody_else() -> Result<()> {
+    let guest = boot()?;
+    let length = 8 << 20;
+    let data = pattern(length);
+
+    let mut unread = guest.connect(SOURCE)?;
+    unread.write_all(&(length as u64).to_le_bytes())?;
+    let mut sink = guest.connect(SINK)?;
+    thread::scope(|scope| -> Result<()> {
+        let feeder = scope.spawn(|| {
+            let mut sink = &sink;
+            sink.write_all(&data)?;
+            sink.shutdown(Shutdown::Write)
+        });
+        let other = guest.connect(ECHO)?;
+        for _ in 0..50 {
+            echo(&other, &data[..10_000])?;
+        }
+        ensure!(!feeder.is_finished(), "8 MiB fitted between the host and a guest that does not read");
+        drop(guest.connect(RELEASE)?);
+        Ok(feeder.join().expect("the feeder's thread")?)
+    })?;
+    let mut taken = [0; 8];
+    sink.read_exact(&mut taken)?;
+    ensure!(u64::from_le_bytes(taken) == length as u64, "the guest read {taken:?}");
+    let mut back = Vec::new();
+    unread.read_to_end(&mut back)?;
+    ensure!(back == data, "{} bytes came, or others", back.len());
+    Ok(())
+}
+
+#[test]
+fn pauses_lose_nothing() -> Result<()> {
+    let guest = boot()?;
+    let stream = guest.connect(ECHO)?;
+    let data = pattern(1 << 20);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| -> Result<()> {
+        let traffic = scope.spawn(|| -> Result<u32> {
+            let mut rounds = 0;
+            while !done.load(Ordering::Relaxed) {
+                echo(&stream, &data)?;
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        for _ in 0..20 {
+            guest.pause_for(Duration::from_millis(20))?;
+            thread::sleep(Duration::from_millis(30));
+        }
+        done.store(true, Ordering::Relaxed);
+        let rounds = traffic.join().expect("the traffic's thread")?;
+        println!("{rounds} MiB each way while the machine was paused 20 times");
+        Ok(())
+    })?;
+    // And in rest: what comes while the machine is paused waits for it.
+    for _ in 0..5 {
+        guest.pause_for(Duration::from_millis(100))?;
+        echo(&stream, b"still there")?;
+        echo(&guest.connect(ECHO)?, b"and open to others")?;
+    }
+    Ok(())
+}
