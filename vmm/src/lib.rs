@@ -10,6 +10,8 @@
 //! | [`memory`] | the guest's memory and the one type by which every other module reaches it |
 //! | [`virtio`] | the contract between a virtio device and its transport |
 //! | [`devices`] | the devices, one folder each |
+//! | [`jail`] | what is left to a process whose guest has broken out |
+//! | [`seccomp`] | system call filters, thread by thread |
 //! | [`metrics`] | lock-free counters |
 //! | [`rate_limiter`] | token buckets for bytes and operations |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
@@ -20,11 +22,13 @@
 pub mod boot;
 pub mod config;
 pub mod devices;
+pub mod jail;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod probe;
 pub mod rate_limiter;
 pub mod resources;
+pub mod seccomp;
 pub mod vcpu;
 pub mod virtio;

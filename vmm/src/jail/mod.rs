@@ -1,0 +1,325 @@
+//! The jail: what is left to a process whose guest has broken out of its virtual machine.
+//!
+//! The process first opens everything it will ever need, then [enters](Jail::enter), and only then builds the machine
+//! and runs guest code. From the entry on it has: the descriptors that it was told to keep, and nothing else. In
+//! particular no view of the host's files, processes, network or IPC, no capability, no way to gain one, and an
+//! identity that it shares with nobody. Seccomp ([`crate::seccomp`]) comes on top, thread by thread.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `supervisor` | the process that stays outside, and passes the inner one's end on |
+//! | `filesystem` | the new root |
+//! | `privileges` | identity, capabilities, limits, Landlock |
+//! | `descriptors` | closing what was not handed over |
+//!
+//! # Two processes
+//! A PID namespace needs a fork: only children are inside. The process that was started stays outside as the
+//! *supervisor*. It holds no descriptor and no privilege either; all it does is wait. The inner process, PID 1 of its
+//! namespace, is the VMM.
+//!
+//! - The inner one ends: the supervisor ends the same way, with the same exit code or by the same signal, so whoever
+//!   started it sees what happened.
+//! - The supervisor ends, for whatever reason (SIGTERM, SIGKILL, the OOM killer): the kernel kills the inner one
+//!   (`PR_SET_PDEATHSIG`), and with it, as it is PID 1, everything in the namespace.
+//!
+//! The virtual machine has to be made inside, as KVM ties it to the memory of the process that made it; so has guest
+//! memory, which a fork would have to copy on write.
+//!
+//! # As root and as somebody else
+//! Real root makes the namespaces while it is root of the host, so that they belong to the host: nobody inside has a
+//! say in them. Then it takes a user namespace of its own in which only the VM's own ids exist, and becomes one of
+//! them. Anybody else takes the user namespace first, because that is what allows the others; whether the host
+//! permits that is up to its administrator.
+
+mod descriptors;
+mod filesystem;
+mod privileges;
+mod supervisor;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs, io,
+    io::Write,
+    os::{fd::RawFd, unix::net::UnixStream},
+    path::PathBuf,
+};
+
+use caps::{CapSet, Capability};
+pub use filesystem::{SHARE, SOCKETS};
+use nix::{
+    sched::{CloneFlags, unshare},
+    unistd::{ForkResult, Gid, Uid, fork, setsid},
+};
+pub use privileges::{LandlockStatus, drop_thread_capabilities, raise_share_capabilities};
+use serde::{Deserialize, Serialize};
+pub use supervisor::Ended;
+
+/// What the jail is made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JailConfig {
+    /// The host user id to run as, the first of [`id_count`](Self::id_count). Must be nobody else's. Only with root's
+    /// privileges; by default one made from the process id, which is unique among running VMMs.
+    pub uid: Option<u32>,
+    /// The host group id to run as, likewise.
+    pub gid: Option<u32>,
+    /// How many host ids from `uid` and `gid` on exist inside, counted from 0: as many as the owners of files in the
+    /// share need. Only with root's privileges.
+    pub id_count: u32,
+    /// Take a user namespace. Without one the owners of files in the share are the host's; to be used for a share
+    /// that cannot be id-mapped, and only with root's privileges, as all others need it.
+    pub user_namespace: bool,
+    /// A directory that is served to the guest. It appears as [`SHARE`]; what is mounted into it later on the host
+    /// appears as well, provided that it is on a mount with shared propagation.
+    pub share: Option<PathBuf>,
+    /// A directory with unix sockets to connect to. It appears as [`SOCKETS`].
+    pub sockets: Option<PathBuf>,
+    /// The directory of a cgroup to join.
+    pub cgroup: Option<PathBuf>,
+    /// The most descriptors that may be open at once. Never more than the limit the process came with.
+    pub max_open_files: u64,
+    /// The longest file that may be written, in bytes. Disks, snapshots and logs are files.
+    pub max_file_size: Option<u64>,
+}
+
+impl Default for JailConfig {
+    fn default() -> Self {
+        Self {
+            uid: None,
+            gid: None,
+            id_count: 1,
+            user_namespace: true,
+            share: None,
+            sockets: None,
+            cgroup: None,
+            max_open_files: 4096,
+            max_file_size: None,
+        }
+    }
+}
+
+/// Why the jail could not be entered. The process must not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// Threads keep their own credentials and view of files, so there may be only one.
+    #[error("the process has {0} threads; the jail has to be entered with one")]
+    Threads(usize),
+    /// The configuration asks for what only root can do.
+    #[error("jail.{0} needs root's privileges")]
+    NeedsRoot(&'static str),
+    /// Ids that do not exist, or that are root's.
+    #[error(
+        "jail.{what}: {count} ids from {first} on are not a valid range (the host's root may not be in it)"
+    )]
+    Ids {
+        /// `uid` or `gid`.
+        what: &'static str,
+        /// The first of them.
+        first: u32,
+        /// How many.
+        count: u32,
+    },
+    /// A directory or file that the configuration names, or that the kernel offers.
+    #[error("{}", path.display())]
+    Path {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
+    /// A step that the kernel refused.
+    #[error("{doing}")]
+    Step {
+        /// Which one.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A set of capabilities could not be emptied.
+    #[error("dropping capabilities")]
+    Capabilities(#[source] caps::errors::CapsError),
+    /// Landlock is there but refused the rules.
+    #[error("setting up Landlock")]
+    Landlock(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The supervisor's own filter could not be installed.
+    #[error("confining the supervisor")]
+    Seccomp(#[source] crate::seccomp::SeccompError),
+    /// The other one of the two processes died during the entry.
+    #[error("the process on the other side of the jail is gone")]
+    OtherSideGone,
+}
+
+/// Names the step that an error happened in.
+fn step<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> JailError {
+    move |error| JailError::Step { doing, source: error.into() }
+}
+
+/// Where [`Jail::enter`] returned.
+#[derive(Debug)]
+pub enum Side {
+    /// In the jail.
+    Inside(Inside),
+    /// In the supervisor, after the inner process has ended.
+    Outside(Ended),
+}
+
+/// What the jail turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inside {
+    /// How much of the Landlock rules this kernel enforces.
+    pub landlock: LandlockStatus,
+    /// Whether threads that serve the share can get at its capabilities ([`raise_share_capabilities`]).
+    pub share_capabilities: bool,
+}
+
+/// A jail to be entered.
+#[derive(Debug)]
+pub struct Jail {
+    config: JailConfig,
+    keep: Vec<RawFd>,
+    ids: Option<Ids>,
+}
+
+/// The host ids of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ids {
+    uid: u32,
+    gid: u32,
+    count: u32,
+}
+
+/// From here on up there are ids for VMMs that were given none: beyond what distributions and container runtimes
+/// hand out, and below 2^32 for any process id.
+const DEFAULT_ID_BASE: u32 = 0x7800_0000;
+
+impl Jail {
+    /// Checks the configuration. Besides standard input, output and error, the descriptors in `keep` survive the
+    /// entry, and no others.
+    ///
+    /// # Errors
+    /// When the configuration makes no sense, or asks for what this user cannot have.
+    pub fn new(config: JailConfig, keep: Vec<RawFd>) -> Result<Self, JailError> {
+        let ids = if is_root()? { Some(Ids::choose(&config)?) } else { None };
+        if ids.is_none() {
+            let root_only = [
+                ("uid", config.uid.is_some()),
+                ("gid", config.gid.is_some()),
+                ("id_count", config.id_count != 1),
+                ("user_namespace", !config.user_namespace),
+            ];
+            if let Some((key, _)) = root_only.into_iter().find(|(_, asked)| *asked) {
+                return Err(JailError::NeedsRoot(key));
+            }
+        }
+        Ok(Self { config, keep, ids })
+    }
+
+    /// Enters. Returns twice: [inside](Side::Inside), and [outside](Side::Outside) once the inside has ended.
+    ///
+    /// # Errors
+    /// When any part of the jail could not be had, on whichever side it went wrong; the other side then ends.
+    pub fn enter(self) -> Result<Side, JailError> {
+        let threads = fs::read_dir("/proc/self/task")
+            .map_err(|source| JailError::Path { path: "/proc/self/task".into(), source })?
+            .count();
+        if threads != 1 {
+            return Err(JailError::Threads(threads));
+        }
+        self.join_cgroup()?;
+        let (outer, inner) = UnixStream::pair().map_err(step("making a socket pair"))?;
+        if self.ids.is_some() {
+            unshare(CloneFlags::CLONE_NEWPID).map_err(step("making a PID namespace"))?;
+        } else {
+            supervisor::become_own_root()?;
+        }
+        // SAFETY: there is one thread, so nothing is in an undefined state in the child.
+        match unsafe { fork() }.map_err(step("forking"))? {
+            ForkResult::Parent { child } => {
+                drop(inner);
+                supervisor::supervise(child, outer, self.mapped_ids(), self.ids).map(Side::Outside)
+            }
+            ForkResult::Child => {
+                drop(outer);
+                self.go_in(inner).map(Side::Inside)
+            }
+        }
+    }
+
+    /// The ids that the inner process is to have in a user namespace that its supervisor sets up.
+    fn mapped_ids(&self) -> Option<Ids> {
+        self.ids.filter(|_| self.config.user_namespace)
+    }
+
+    fn join_cgroup(&self) -> Result<(), JailError> {
+        let Some(cgroup) = &self.config.cgroup else { return Ok(()) };
+        let path = cgroup.join("cgroup.procs");
+        let joined = fs::File::options().write(true).open(&path).and_then(|mut file| file.write_all(b"0"));
+        joined.map_err(|source| JailError::Path { path, source })
+    }
+
+    fn go_in(self, mut link: UnixStream) -> Result<Inside, JailError> {
+        use std::os::fd::AsRawFd;
+        descriptors::close_all_but(&self.keep, link.as_raw_fd())?;
+        // Away from the terminal, into which input could otherwise be pushed.
+        setsid().map_err(step("starting a session"))?;
+        unshare(
+            CloneFlags::CLONE_NEWNS
+                | CloneFlags::CLONE_NEWIPC
+                | CloneFlags::CLONE_NEWNET
+                | CloneFlags::CLONE_NEWUTS
+                | CloneFlags::CLONE_NEWCGROUP,
+        )
+        .map_err(step("making namespaces"))?;
+        filesystem::enter(&self.config)?;
+        privileges::limit_resources(&self.config, self.ids.is_some())?;
+        if self.mapped_ids().is_some() {
+            unshare(CloneFlags::CLONE_NEWUSER).map_err(step("making a user namespace"))?;
+            supervisor::ask_for_ids(&mut link)?;
+        }
+        let share_capabilities = self.config.share.is_some();
+        privileges::drop_all(self.inner_ids(), share_capabilities)?;
+        let landlock = privileges::confine_paths(share_capabilities)?;
+        // Last, as a change of ids would undo it. A supervisor that died before this shows as a closed link.
+        supervisor::die_with(&link)?;
+        Ok(Inside { landlock, share_capabilities })
+    }
+
+    /// The ids to become, as they are called where the inner process is by then.
+    fn inner_ids(&self) -> Option<(Uid, Gid)> {
+        let ids = self.ids?;
+        let mapped = self.config.user_namespace;
+        Some(if mapped {
+            (Uid::from_raw(0), Gid::from_raw(0))
+        } else {
+            (Uid::from_raw(ids.uid), Gid::from_raw(ids.gid))
+        })
+    }
+}
+
+impl Ids {
+    fn choose(config: &JailConfig) -> Result<Self, JailError> {
+        let default = DEFAULT_ID_BASE.saturating_add(std::process::id());
+        let uid = config.uid.unwrap_or(default);
+        let gid = config.gid.unwrap_or(default);
+        let count = config.id_count;
+        for (what, first) in [("uid", uid), ("gid", gid)] {
+            // The last id, -1, means "no change" to most system calls.
+            let end = first.checked_add(count).filter(|_| first > 0 && count > 0);
+            if end.is_none() {
+                return Err(JailError::Ids { what, first, count });
+            }
+        }
+        Ok(Self { uid, gid, count })
+    }
+}
+
+/// Whether this process may do what the host's root may, as far as a jail needs it.
+fn is_root() -> Result<bool, JailError> {
+    let have = caps::read(None, CapSet::Effective).map_err(JailError::Capabilities)?;
+    let need =
+        [Capability::CAP_SYS_ADMIN, Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETPCAP];
+    Ok(need.iter().all(|cap| have.contains(cap)))
+}

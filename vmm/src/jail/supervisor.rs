@@ -1,0 +1,140 @@
+//! The process outside, and what the two sides say to one another.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::UnixStream,
+    },
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sched::{CloneFlags, unshare},
+    sys::{
+        prctl,
+        signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, pthread_sigmask, signal},
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::{Gid, Pid, Uid},
+};
+
+use super::{Ids, JailError, descriptors, privileges, step};
+use crate::seccomp;
+
+/// How the inner process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// With this exit code.
+    Code(i32),
+    /// By this signal.
+    Signal(Signal),
+}
+
+impl Ended {
+    /// Ends the calling process the same way.
+    pub fn mirror(self) -> ! {
+        let code = match self {
+            Self::Code(code) => code,
+            Self::Signal(sig) => {
+                // None of this can fail for a signal that has just ended a process; if it does, the shell's
+                // convention for such an end follows.
+                // SAFETY: the default action is no handler that could do anything unsound.
+                let _ = unsafe { signal(sig, SigHandler::SigDfl) };
+                let _ = pthread_sigmask(SigmaskHow::SIG_UNBLOCK, Some(&SigSet::from(sig)), None);
+                let _ = kill(Pid::this(), sig);
+                128 + sig as i32
+            }
+        };
+        std::process::exit(code)
+    }
+}
+
+/// Makes a user namespace in which the calling user is root, and a PID namespace for its children.
+pub(super) fn become_own_root() -> Result<(), JailError> {
+    let (uid, gid) = (Uid::effective(), Gid::effective());
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWPID)
+        .map_err(step("making a user namespace (does this host allow that to users?)"))?;
+    // Without this, the kernel has no unprivileged user map groups (user_namespaces(7)).
+    write_file("/proc/self/setgroups", "deny")?;
+    write_file("/proc/self/uid_map", &format!("0 {uid} 1"))?;
+    write_file("/proc/self/gid_map", &format!("0 {gid} 1"))
+}
+
+/// Asks the supervisor to fill in the new user namespace, and waits until it has.
+pub(super) fn ask_for_ids(link: &mut UnixStream) -> Result<(), JailError> {
+    let gone = |_: io::Error| JailError::OtherSideGone;
+    link.write_all(&[0]).map_err(gone)?;
+    link.read_exact(&mut [0]).map_err(gone)
+}
+
+/// Has the kernel kill the calling process when the supervisor ends.
+pub(super) fn die_with(link: &UnixStream) -> Result<(), JailError> {
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tying the life to the supervisor's"))?;
+    let mut fds = [PollFd::new(link.as_fd(), PollFlags::empty())];
+    match poll(&mut fds, PollTimeout::ZERO).map_err(step("looking for the supervisor"))? {
+        0 => Ok(()),
+        _ => Err(JailError::OtherSideGone),
+    }
+}
+
+/// Serves the inner process, gives up every privilege, and waits for its end.
+///
+/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take.
+pub(super) fn supervise(
+    child: Pid,
+    mut link: UnixStream,
+    mapped: Option<Ids>,
+    own: Option<Ids>,
+) -> Result<Ended, JailError> {
+    let prepared = descriptors::close_all_but(&[], link.as_raw_fd())
+        .and_then(|()| mapped.map_or(Ok(()), |ids| map_ids(child, &mut link, ids)))
+        .and_then(|()| confine(own));
+    if let Err(error) = prepared {
+        // It must not go on with a supervisor that is not one. It may be gone already.
+        let _ = kill(child, Signal::SIGKILL);
+        wait(child)?;
+        return Err(error);
+    }
+    wait(child)
+}
+
+/// Waits for the request and writes the maps. An inner process that ended before it asked is none of our errors.
+fn map_ids(child: Pid, link: &mut UnixStream, ids: Ids) -> Result<(), JailError> {
+    if link.read_exact(&mut [0]).is_err() {
+        return Ok(());
+    }
+    let Ids { uid, gid, count } = ids;
+    write_file(&format!("/proc/{child}/uid_map"), &format!("0 {uid} {count}"))?;
+    write_file(&format!("/proc/{child}/gid_map"), &format!("0 {gid} {count}"))?;
+    link.write_all(&[0]).map_err(|_| JailError::OtherSideGone)
+}
+
+/// The same walls as inside, as far as they make sense for a process that only waits. No Landlock: the kernel would
+/// keep the signal that ends the inner process within its limits. Its user is the inner one's,
+/// whom it could therefore signal; the reverse is not so, as the inner one cannot even name it.
+fn confine(own: Option<Ids>) -> Result<(), JailError> {
+    let ids = own.map(|ids| (Uid::from_raw(ids.uid), Gid::from_raw(ids.gid)));
+    privileges::drop_all(ids, false)?;
+    seccomp::apply(seccomp::Thread::Supervisor, seccomp::Mode::Kill).map_err(JailError::Seccomp)
+}
+
+fn wait(child: Pid) -> Result<Ended, JailError> {
+    loop {
+        match waitpid(child, None) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::Code(code)),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Signal(signal)),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(step("waiting for the inner process")(errno)),
+        }
+    }
+}
+
+/// Writes all of a file of the kernel's in one go, as it wants it.
+fn write_file(path: &str, content: &str) -> Result<(), JailError> {
+    let written =
+        fs::File::options().write(true).open(path).and_then(|mut f| f.write_all(content.as_bytes()));
+    written.map_err(|source| JailError::Path { path: path.into(), source })
+}

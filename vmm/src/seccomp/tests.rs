@@ -1,0 +1,166 @@
+use std::{io, os::fd::AsRawFd, panic};
+
+use nix::{
+    sys::{
+        signal::Signal,
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, fork},
+};
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::EventFd,
+};
+
+use super::*;
+
+/// Runs `body` in a child of its own; how that ended.
+fn in_child(body: impl FnOnce() -> bool) -> WaitStatus {
+    // SAFETY: the child does nothing but the body and its end; the C library keeps its allocator usable over a fork.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => waitpid(child, None).unwrap(),
+        ForkResult::Child => {
+            let passed = panic::catch_unwind(panic::AssertUnwindSafe(body)).unwrap_or(false);
+            // SAFETY: ends the child without running the parent's exit handlers.
+            unsafe { libc::_exit(i32::from(!passed)) }
+        }
+    }
+}
+
+fn survives(thread: Thread, body: impl FnOnce() -> bool) -> bool {
+    let ended = in_child(|| apply(thread, Mode::Kill).is_ok() && body());
+    match ended {
+        WaitStatus::Exited(_, 0) => true,
+        WaitStatus::Signaled(_, Signal::SIGSYS, _) => false,
+        other => panic!("{other:?}"),
+    }
+}
+
+const ALL: [Thread; 5] = [Thread::Vcpu, Thread::Devices, Thread::Block, Thread::Fs, Thread::Supervisor];
+
+#[test]
+fn every_filter_compiles_and_lets_a_thread_live() {
+    for thread in ALL {
+        assert!(survives(thread, || vec![1_u8; 1 << 20].iter().map(|n| usize::from(*n)).sum::<usize>()
+            == 1 << 20));
+    }
+}
+
+#[test]
+fn what_is_not_named_kills() {
+    // SAFETY: no argument is a pointer.
+    let ptrace = || unsafe { libc::syscall(libc::SYS_ptrace, 0, 0, 0, 0) } >= -1;
+    for thread in ALL {
+        assert!(!survives(thread, ptrace), "{thread:?}");
+        assert!(!survives(thread, || std::process::Command::new("/bin/true").status().is_err()));
+    }
+    assert!(!survives(Thread::Vcpu, || std::fs::File::open("/dev/null").is_err()));
+    assert!(!survives(Thread::Devices, || std::fs::File::open("/dev/null").is_err()));
+}
+
+#[test]
+fn no_memory_becomes_executable() {
+    let map = |protection| {
+        // SAFETY: a fresh anonymous mapping.
+        let at = unsafe {
+            libc::mmap(std::ptr::null_mut(), 4096, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+        };
+        at != libc::MAP_FAILED
+    };
+    for thread in ALL {
+        assert!(survives(thread, || map(libc::PROT_READ | libc::PROT_WRITE)), "{thread:?}");
+        assert!(!survives(thread, || map(libc::PROT_READ | libc::PROT_EXEC)), "{thread:?}");
+        assert!(!survives(thread, || {
+            // SAFETY: the protection of no page is changed: there is none at that address.
+            let _ = unsafe { libc::mprotect(std::ptr::null_mut(), 4096, libc::PROT_EXEC) };
+            true
+        }));
+    }
+}
+
+#[test]
+fn only_named_ioctls_pass() {
+    // SAFETY: the descriptor does not exist, so nothing is touched.
+    let ioctl = |request: u64| unsafe { libc::ioctl(-1, request) } == -1;
+    assert!(survives(Thread::Vcpu, || ioctl(0xae80)));
+    assert!(!survives(Thread::Vcpu, || ioctl(0x5412)), "TIOCSTI");
+    assert!(!survives(Thread::Block, || ioctl(0xae80)));
+}
+
+#[test]
+fn only_unix_sockets_are_made() {
+    // SAFETY: no pointers.
+    let socket = |family| unsafe { libc::socket(family, libc::SOCK_STREAM, 0) } >= 0;
+    assert!(survives(Thread::Devices, || socket(libc::AF_UNIX)));
+    for family in [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET, libc::AF_VSOCK] {
+        assert!(!survives(Thread::Devices, || socket(family)), "{family}");
+    }
+}
+
+#[test]
+fn the_main_thread_starts_threads_and_no_processes() {
+    assert!(survives(Thread::Devices, || {
+        let thread = std::thread::Builder::new()
+            .name("vcpu0".into())
+            .spawn(|| apply(Thread::Vcpu, Mode::Kill).is_ok())
+            .unwrap();
+        thread.join().unwrap()
+    }));
+    // SAFETY: the child, if there were one, would end at once.
+    assert!(!survives(Thread::Devices, || unsafe { libc::fork() } >= 0));
+}
+
+#[test]
+fn log_mode_lets_pass() {
+    let ended =
+        in_child(|| apply(Thread::Vcpu, Mode::Log).is_ok() && std::fs::File::open("/dev/null").is_ok());
+    assert!(matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
+}
+
+#[test]
+fn the_supervisor_can_wait_and_end() {
+    // SAFETY: the grandchild ends at once.
+    let ended = in_child(|| match unsafe { fork() }.unwrap() {
+        ForkResult::Child => std::process::exit(7),
+        ForkResult::Parent { child } => {
+            apply(Thread::Supervisor, Mode::Kill).is_ok()
+                && matches!(waitpid(child, None), Ok(WaitStatus::Exited(_, 7)))
+                && {
+                    eprintln!("the supervisor may say something");
+                    crate::jail::Ended::Signal(Signal::SIGTERM).mirror()
+                }
+        }
+    });
+    assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGTERM, _)), "{ended:?}");
+}
+
+/// A thread's filter is only as good as that of the thread that made it.
+#[test]
+fn processors_get_nothing_that_the_main_thread_lacks() {
+    let main = allowed_calls(Thread::Devices);
+    let missing: Vec<_> =
+        allowed_calls(Thread::Vcpu).into_iter().filter(|call| !main.contains(call)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn an_event_loop_runs_under_the_filter() {
+    let epoll = Epoll::new().unwrap();
+    let turn = || -> io::Result<bool> {
+        let event = EventFd::new(0)?;
+        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, 1))?;
+        event.write(1)?;
+        let mut ready = [EpollEvent::default()];
+        Ok(epoll.wait(1000, &mut ready)? == 1 && event.read()? == 1)
+    };
+    assert!(survives(Thread::Devices, || turn().unwrap_or(false)));
+}
+
+#[test]
+fn processors_and_devices_make_few_calls() {
+    let mut calls = allowed_calls(Thread::Vcpu);
+    calls.extend(allowed_calls(Thread::Devices));
+    calls.sort_unstable();
+    calls.dedup();
+    assert!(calls.len() <= 40, "{} calls", calls.len());
+}
