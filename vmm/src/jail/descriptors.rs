@@ -1,6 +1,44 @@
-use std::os::fd::RawFd;
+use std::{collections::BTreeSet, fs, io, os::fd::RawFd};
 
 use super::{JailError, step};
+
+/// The descriptors that a process was started with.
+///
+/// Noted first of all, it tells later which ones the process has opened itself and so wants to keep. Of those that it
+/// was started with it makes duplicates if it wants them: whatever else a careless parent left open is closed.
+#[derive(Debug)]
+pub struct Inherited(BTreeSet<RawFd>);
+
+impl Inherited {
+    /// Notes what is open now.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn note() -> io::Result<Self> {
+        open_descriptors().map(Self)
+    }
+
+    /// What has been opened since.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn opened_since(&self) -> io::Result<Vec<RawFd>> {
+        Ok(open_descriptors()?.difference(&self.0).copied().collect())
+    }
+}
+
+fn open_descriptors() -> io::Result<BTreeSet<RawFd>> {
+    let names = fs::read_dir("/proc/self/fd")?.map(|entry| entry.map(|entry| entry.file_name()));
+    let names = names.collect::<io::Result<Vec<_>>>()?;
+    let numbers = names.iter().filter_map(|name| name.to_str()?.parse().ok());
+    // The directory itself was open while it was read, and is not any more.
+    Ok(numbers.filter(|fd| is_open(*fd)).collect())
+}
+
+fn is_open(fd: RawFd) -> bool {
+    // SAFETY: F_GETFD takes no argument, and fails on a number that is not open.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) != -1 }
+}
 
 /// Closes every descriptor but 0 to 2, those in `keep`, and `link`.
 pub(super) fn close_all_but(keep: &[RawFd], link: RawFd) -> Result<(), JailError> {

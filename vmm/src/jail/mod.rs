@@ -19,7 +19,8 @@
 //!
 //! - The inner one ends: the supervisor ends the same way, with the same exit code or by the same signal, so whoever
 //!   started it sees what happened.
-//! - The supervisor ends, for whatever reason (SIGTERM, SIGKILL, the OOM killer): the kernel kills the inner one
+//! - The supervisor is asked to end (SIGTERM, SIGINT, SIGHUP): it kills the inner one, and then ends by that signal.
+//! - The supervisor ends for any other reason (SIGKILL, the OOM killer): the kernel kills the inner one
 //!   (`PR_SET_PDEATHSIG`), and with it, as it is PID 1, everything in the namespace.
 //!
 //! The virtual machine has to be made inside, as KVM ties it to the memory of the process that made it; so has guest
@@ -46,6 +47,7 @@ use std::{
 };
 
 use caps::{CapSet, Capability};
+pub use descriptors::Inherited;
 pub use filesystem::{SHARE, SOCKETS};
 use nix::{
     sched::{CloneFlags, unshare},
@@ -181,6 +183,7 @@ pub struct Jail {
     config: JailConfig,
     keep: Vec<RawFd>,
     ids: Option<Ids>,
+    remove: Option<PathBuf>,
 }
 
 /// The host ids of a VM.
@@ -214,7 +217,15 @@ impl Jail {
                 return Err(JailError::NeedsRoot(key));
             }
         }
-        Ok(Self { config, keep, ids })
+        Ok(Self { config, keep, ids, remove: None })
+    }
+
+    /// Has the supervisor remove a file at the end, such as a socket that the process made: from inside it cannot be
+    /// reached. For that the supervisor keeps, besides its user, the capability to change any directory.
+    #[must_use]
+    pub fn removing(mut self, path: PathBuf) -> Self {
+        self.remove = Some(path);
+        self
     }
 
     /// Enters. Returns twice: [inside](Side::Inside), and [outside](Side::Outside) once the inside has ended.
@@ -239,7 +250,9 @@ impl Jail {
         match unsafe { fork() }.map_err(step("forking"))? {
             ForkResult::Parent { child } => {
                 drop(inner);
-                supervisor::supervise(child, outer, self.mapped_ids(), self.ids).map(Side::Outside)
+                let mapped = self.mapped_ids();
+                supervisor::supervise(child, outer, mapped, self.ids, self.remove.as_deref())
+                    .map(Side::Outside)
             }
             ForkResult::Child => {
                 drop(outer);
@@ -280,7 +293,8 @@ impl Jail {
             supervisor::ask_for_ids(&mut link)?;
         }
         let share_capabilities = self.config.share.is_some();
-        privileges::drop_all(self.inner_ids(), share_capabilities)?;
+        let keep = if share_capabilities { &privileges::SHARE_CAPABILITIES[..] } else { &[] };
+        privileges::drop_all(self.inner_ids(), keep)?;
         let landlock = privileges::confine_paths(share_capabilities)?;
         // Last, as a change of ids would undo it. A supervisor that died before this shows as a closed link.
         supervisor::die_with(&link)?;

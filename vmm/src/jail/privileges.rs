@@ -18,7 +18,7 @@ use nix::{
 use super::{JailConfig, JailError, SHARE, step};
 
 /// What serving files with their owners takes, and no more: no mounts, no device nodes, no other namespace.
-const SHARE_CAPABILITIES: [Capability; 6] = [
+pub(super) const SHARE_CAPABILITIES: [Capability; 6] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_FOWNER,
@@ -76,15 +76,15 @@ pub(super) fn limit_resources(config: &JailConfig, own_user: bool) -> Result<(),
 
 /// Gives up other groups, the user, capabilities, and the ways to regain any of them.
 ///
-/// With `for_share`, [`SHARE_CAPABILITIES`] stay *permitted*, so that a thread can make them effective for itself.
-pub(super) fn drop_all(ids: Option<(Uid, Gid)>, for_share: bool) -> Result<(), JailError> {
+/// The capabilities in `keep` stay *permitted*, so that a thread can make them effective for itself.
+pub(super) fn drop_all(ids: Option<(Uid, Gid)>, keep: &[Capability]) -> Result<(), JailError> {
     let capabilities = JailError::Capabilities;
     caps::clear(None, CapSet::Ambient).map_err(capabilities)?;
     caps::clear(None, CapSet::Bounding).map_err(capabilities)?;
     set_secbits()?;
     if let Some((uid, gid)) = ids {
         // A change of user would clear the permitted set.
-        prctl::set_keepcaps(for_share).map_err(step("keeping capabilities"))?;
+        prctl::set_keepcaps(!keep.is_empty()).map_err(step("keeping capabilities"))?;
         setgroups(&[]).map_err(step("leaving groups"))?;
         setresgid(gid, gid, gid).map_err(step("changing the group"))?;
         setresuid(uid, uid, uid).map_err(step("changing the user"))?;
@@ -95,8 +95,7 @@ pub(super) fn drop_all(ids: Option<(Uid, Gid)>, for_share: bool) -> Result<(), J
 
     caps::clear(None, CapSet::Inheritable).map_err(capabilities)?;
     caps::clear(None, CapSet::Effective).map_err(capabilities)?;
-    let permitted: CapsHashSet =
-        if for_share { SHARE_CAPABILITIES.into_iter().collect() } else { CapsHashSet::new() };
+    let permitted: CapsHashSet = keep.iter().copied().collect();
     caps::set(None, CapSet::Permitted, &permitted).map_err(capabilities)
 }
 

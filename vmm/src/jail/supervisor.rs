@@ -7,8 +7,10 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::net::UnixStream,
     },
+    path::Path,
 };
 
+use caps::{CapSet, Capability};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -16,7 +18,7 @@ use nix::{
     sys::{
         prctl,
         signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, pthread_sigmask, signal},
-        wait::{WaitStatus, waitpid},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::{Gid, Pid, Uid},
 };
@@ -82,23 +84,28 @@ pub(super) fn die_with(link: &UnixStream) -> Result<(), JailError> {
 
 /// Serves the inner process, gives up every privilege, and waits for its end.
 ///
-/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take.
+/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take, `remove` is a
+/// file that goes at the end.
 pub(super) fn supervise(
     child: Pid,
     mut link: UnixStream,
     mapped: Option<Ids>,
     own: Option<Ids>,
+    remove: Option<&Path>,
 ) -> Result<Ended, JailError> {
     let prepared = descriptors::close_all_but(&[], link.as_raw_fd())
         .and_then(|()| mapped.map_or(Ok(()), |ids| map_ids(child, &mut link, ids)))
-        .and_then(|()| confine(own));
-    if let Err(error) = prepared {
+        .and_then(|()| confine(own, remove.is_some()));
+    if prepared.is_err() {
         // It must not go on with a supervisor that is not one. It may be gone already.
         let _ = kill(child, Signal::SIGKILL);
-        wait(child)?;
-        return Err(error);
     }
-    wait(child)
+    let ended = wait(child);
+    if let Some(path) = remove {
+        // Someone else may have removed it already.
+        let _ = fs::remove_file(path);
+    }
+    prepared.and(ended)
 }
 
 /// Waits for the request and writes the maps. An inner process that ended before it asked is none of our errors.
@@ -113,21 +120,37 @@ fn map_ids(child: Pid, link: &mut UnixStream, ids: Ids) -> Result<(), JailError>
 }
 
 /// The same walls as inside, as far as they make sense for a process that only waits. No Landlock: the kernel would
-/// keep the signal that ends the inner process within its limits. Its user is the inner one's,
-/// whom it could therefore signal; the reverse is not so, as the inner one cannot even name it.
-fn confine(own: Option<Ids>) -> Result<(), JailError> {
+/// keep the signal that ends the inner process within its limits. Its user is the inner one's, whom it could therefore
+/// signal; the reverse is not so, as the inner one cannot even name it.
+fn confine(own: Option<Ids>, removes: bool) -> Result<(), JailError> {
     let ids = own.map(|ids| (Uid::from_raw(ids.uid), Gid::from_raw(ids.gid)));
-    privileges::drop_all(ids, false)?;
+    // Who is not root owns what it made.
+    let keep: &[Capability] = if removes && own.is_some() { &[Capability::CAP_DAC_OVERRIDE] } else { &[] };
+    privileges::drop_all(ids, keep)?;
+    caps::set(None, CapSet::Effective, &keep.iter().copied().collect()).map_err(JailError::Capabilities)?;
     seccomp::apply(seccomp::Thread::Supervisor, seccomp::Mode::Kill).map_err(JailError::Seccomp)
 }
 
+/// Waits for the end of the inner process, and brings it about when this one is told to end.
 fn wait(child: Pid) -> Result<Ended, JailError> {
+    const TOLD_TO_END: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let mut signals: SigSet = TOLD_TO_END.into_iter().collect();
+    signals.add(Signal::SIGCHLD);
+    signals.thread_block().map_err(step("blocking signals"))?;
+    let mut told = None;
     loop {
-        match waitpid(child, None) {
-            Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::Code(code)),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Signal(signal)),
+        match waitpid(child, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(told.map_or(Ended::Code(code), Ended::Signal)),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Signal(told.unwrap_or(signal))),
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(step("waiting for the inner process")(errno)),
+        }
+        if let Ok(signal) = signals.wait()
+            && TOLD_TO_END.contains(&signal)
+        {
+            told = Some(signal);
+            // It may have ended by itself just now.
+            let _ = kill(child, Signal::SIGKILL);
         }
     }
 }

@@ -289,6 +289,60 @@ fn capabilities_for_the_share_are_a_threads_own_business() {
 }
 
 #[test]
+fn a_file_is_removed_however_it_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    for signal in [None, Some(Signal::SIGKILL), Some(Signal::SIGTERM), Some(Signal::SIGINT)] {
+        std::fs::write(&path, "").unwrap();
+        let (read, write) = pipe().unwrap();
+        // SAFETY: as in `Jailed::start`.
+        let mut jailed = match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => {
+                drop(write);
+                Jailed { supervisor: child, report: BufReader::new(File::from(read)), ended: false }
+            }
+            ForkResult::Child => {
+                let mut report = File::from(write);
+                let jail = Jail::new(JailConfig::default(), vec![report.as_raw_fd()]).unwrap();
+                match jail.removing(path.clone()).enter().unwrap() {
+                    Side::Inside(inside) if signal.is_some() => drop(stay(inside, &mut report)),
+                    Side::Inside(_) => {}
+                    Side::Outside(ended) => ended.mirror(),
+                }
+                // SAFETY: ends the process without running the test harness's exit handlers.
+                unsafe { libc::_exit(0) }
+            }
+        };
+        match signal {
+            None => {}
+            Some(Signal::SIGKILL) => kill(host_view(&mut jailed).0, Signal::SIGKILL).unwrap(),
+            Some(signal) => {
+                host_view(&mut jailed);
+                kill(jailed.supervisor, signal).unwrap();
+            }
+        }
+        let outcome = jailed.finish();
+        assert!(!path.exists(), "{signal:?}");
+        match (signal, outcome.status) {
+            (None, WaitStatus::Exited(_, 0)) => {}
+            (Some(sent), WaitStatus::Signaled(_, ended, _)) if sent == ended => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_was_opened_since_is_known() {
+    let (before, _other) = pipe().unwrap();
+    let inherited = Inherited::note().unwrap();
+    let (after, end) = pipe().unwrap();
+    let mut expected = [after.as_raw_fd(), end.as_raw_fd()];
+    expected.sort_unstable();
+    let opened = inherited.opened_since().unwrap();
+    assert!(expected.iter().all(|fd| opened.contains(fd)) && !opened.contains(&before.as_raw_fd()));
+}
+
+#[test]
 fn descriptors_that_were_not_handed_over_are_closed() {
     let (secret, _other) = pipe().unwrap();
     let number = secret.as_raw_fd();

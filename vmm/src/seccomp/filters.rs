@@ -274,6 +274,8 @@ const SUPERVISOR: &[Call] = &[
     any(libc::SYS_kill),
     any(libc::SYS_getpid),
     any(libc::SYS_restart_syscall),
+    any(libc::SYS_rt_sigtimedwait),
+    any(libc::SYS_unlink), // a socket that the inner process cannot reach
 ];
 
 /// The calls of a kind of thread.
