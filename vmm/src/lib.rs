@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`boot`] | what a kernel needs in memory before its first instruction |
 //! | [`config`] | the machine file |
+//! | [`control`] | the control API: protocol, client, and the event loop that serves it |
+//! | [`snapshot`] | saving a machine, and making one from what was saved |
 //! | [`resources`] | what a machine needs from the host, opened before it runs |
 //! | [`machine`] | a KVM virtual machine with its processors, bus and slots |
 //! | [`vcpu`] | virtual processors and the threads that run them |
@@ -21,6 +23,7 @@
 
 pub mod boot;
 pub mod config;
+pub mod control;
 pub mod devices;
 pub mod jail;
 pub mod machine;
@@ -30,5 +33,6 @@ pub mod probe;
 pub mod rate_limiter;
 pub mod resources;
 pub mod seccomp;
+pub mod snapshot;
 pub mod vcpu;
 pub mod virtio;

@@ -3,14 +3,18 @@
 //! The launcher opens everything that the machine needs ([`caisson_vmm::resources`]), then the machine is made from
 //! what is open, and only then does guest code run.
 
-use std::{error::Error, path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use caisson_vmm::{
-    boot::BootSource,
-    config::MachineConfig,
-    devices::serial::ConsoleSink,
-    machine::{ExitReason, Machine, poller::Token},
-    resources::{self, Descriptors, Resources},
+    config::{FileSource, MachineConfig},
+    control::{Supervisor, socket, supervisor::SupervisorError},
+    machine::ExitReason,
+    resources::{self, Access, Descriptors, Resources},
 };
 use clap::Parser;
 use tracing::level_filters::LevelFilter;
@@ -18,76 +22,71 @@ use tracing::level_filters::LevelFilter;
 /// Runs one microVM.
 #[derive(Parser)]
 #[command(version)]
+#[group(required = true, multiple = true)]
 struct Arguments {
     /// The machine file (TOML, or JSON by its name): boot this machine.
     #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
+    /// Take requests on this descriptor: a unix socket of type SOCK_SEQPACKET, listening or connected.
+    #[arg(long, value_name = "N")]
+    control_fd: Option<u32>,
     /// How much to log to standard error.
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log_level: LevelFilter,
 }
 
 fn main() -> ExitCode {
-    let started = Instant::now();
+    let birth = Instant::now();
     let arguments = Arguments::parse();
     tracing_subscriber::fmt()
         .with_max_level(arguments.log_level)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
-    match run(&arguments, started) {
+    match run(&arguments, birth) {
         Ok(ExitReason::PowerOff | ExitReason::Stopped) => ExitCode::SUCCESS,
         Ok(reason) => {
             eprintln!("caisson-vmm: {reason}");
             ExitCode::from(reason.code())
         }
         Err(error) => {
-            eprintln!("caisson-vmm: {}", one_line(error.as_ref()));
+            eprintln!("caisson-vmm: {}", error.one_line());
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(arguments: &Arguments, started: Instant) -> Result<ExitReason, Box<dyn Error>> {
-    let config = MachineConfig::from_file(&arguments.config)?;
-    let kvm = resources::open_kvm()?;
+fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorError> {
+    let mut supervisor = Supervisor::new(resources::open_kvm()?, birth)?;
+    if let Some(number) = arguments.control_fd {
+        let source = FileSource::Descriptor(number);
+        let socket = Descriptors::Inherited.open("--control-fd", &source, Access::ReadWrite)?;
+        supervisor.control(socket.into())?;
+    }
+    let Some(path) = &arguments.config else { return supervisor.run() };
+    let config = MachineConfig::from_file(path)?;
     let resources = Resources::open(&config, &Descriptors::Inherited)?;
-
-    let sink = ConsoleSink::new(resources.console, config.console.rate);
-    let mut machine = Machine::new(&kvm, config.shape(), sink, started)?;
-    let command_line = config.command_line()?;
-    let source = BootSource {
-        kernel: &resources.kernel,
-        initramfs: resources.initramfs.as_ref(),
-        protocol: config.kernel.protocol,
-        command_line: &command_line,
-        processors: config.cpus.max,
-    };
-    machine.load(&source, config.cpus.boot)?;
-    machine.resume()?;
-    event_loop(&machine)
+    // The last thing that is made in the host's view, so that nothing has to be undone when another fails.
+    let _socket = config.control.socket.as_deref().map(|path| listen(&mut supervisor, path)).transpose()?;
+    supervisor.create(&config, resources)?;
+    supervisor.boot()?;
+    supervisor.run()
 }
 
-fn event_loop(machine: &Machine) -> Result<ExitReason, Box<dyn Error>> {
-    loop {
-        for (token, events) in machine.poller().wait(-1)? {
-            if token == Token::Exit
-                && let Some(reason) = machine.ended()
-            {
-                return Ok(reason);
-            }
-            machine.handle(token, events);
-        }
+/// A socket in the file system, removed at the end.
+struct SocketFile<'a>(&'a Path);
+
+impl Drop for SocketFile<'_> {
+    fn drop(&mut self) {
+        // Someone else may have removed it already.
+        let _ = std::fs::remove_file(self.0);
     }
 }
 
-/// An error and its causes, on one line.
-fn one_line(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+fn listen<'a>(supervisor: &mut Supervisor, path: &'a Path) -> Result<SocketFile<'a>, SupervisorError> {
+    let listener: OwnedFd =
+        socket::listen_at(path).map_err(|error| SupervisorError::Socket(path.to_owned(), error))?;
+    let file = SocketFile(path);
+    supervisor.control(listener)?;
+    Ok(file)
 }

@@ -6,13 +6,21 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
 };
 
 use kvm_ioctls::Kvm;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::config::{FileSource, MachineConfig};
+use crate::{
+    config::{DeviceConfig, FileSource, MachineConfig, VsockDevice},
+    devices::vsock::{Dialer, HostEnd, PassingDialer, PathDialer},
+    machine::OpenDevice,
+};
 
 /// A resource that could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -133,6 +141,8 @@ pub struct Resources {
     pub initramfs: Option<File>,
     /// Where the console goes.
     pub console: Option<File>,
+    /// The devices, in order.
+    pub devices: Vec<OpenDevice>,
 }
 
 impl Resources {
@@ -148,6 +158,88 @@ impl Resources {
         let console = config.console.output.as_ref();
         let console =
             console.map(|source| descriptors.open("console.output", source, Access::Append)).transpose()?;
-        Ok(Self { kernel, initramfs, console })
+        let mut devices = Vec::with_capacity(config.devices.len());
+        for (index, device) in config.devices.iter().enumerate() {
+            devices.push(open_device(&format!("devices[{index}]"), device, descriptors)?);
+        }
+        Ok(Self { kernel, initramfs, console, devices })
+    }
+}
+
+/// Opens what a device needs; `field` is where it is configured.
+///
+/// # Errors
+/// The first file that could not be opened.
+pub fn open_device(
+    field: &str,
+    device: &DeviceConfig,
+    descriptors: &Descriptors,
+) -> Result<OpenDevice, ResourceError> {
+    Ok(match device {
+        DeviceConfig::Rng(config) => OpenDevice::Rng(*config),
+        DeviceConfig::Balloon(config) => OpenDevice::Balloon(*config),
+        DeviceConfig::Block(disk) => {
+            let access = if disk.options.read_only { Access::Read } else { Access::ReadWrite };
+            let open = |(index, source)| {
+                descriptors.open(&format!("{field}.block.files[{index}]"), source, access).map(OwnedFd::from)
+            };
+            let files = disk.files.iter().enumerate().map(open).collect::<Result<_, _>>()?;
+            OpenDevice::Block(disk.options.clone(), files)
+        }
+        DeviceConfig::Net(card) => {
+            let tap = descriptors.open(&format!("{field}.net.tap"), &card.tap, Access::ReadWrite)?;
+            OpenDevice::Net(card.options.clone(), tap.into())
+        }
+        DeviceConfig::Vsock(device) => {
+            OpenDevice::Vsock(device.options, open_vsock(&format!("{field}.vsock"), device, descriptors)?)
+        }
+    })
+}
+
+fn open_vsock(
+    field: &str,
+    device: &VsockDevice,
+    descriptors: &Descriptors,
+) -> Result<HostEnd, ResourceError> {
+    let dialer = device.dialer.as_ref().map(|source| -> Result<Box<dyn Dialer>, ResourceError> {
+        let socket = descriptors.open(&format!("{field}.dialer"), source, Access::ReadWrite)?;
+        Ok(Box::new(PassingDialer::new(socket.into(), device.dialer_ports.iter().copied())))
+    });
+    let dialer = dialer.transpose()?;
+    let field = format!("{field}.socket");
+    Ok(match &device.socket {
+        FileSource::Descriptor(_) => {
+            let socket = descriptors.open(&field, &device.socket, Access::ReadWrite)?;
+            HostEnd { listener: Some(OwnedFd::from(socket).into()), dialer }
+        }
+        FileSource::Path(path) => {
+            let bound = UnixListener::bind(path).map_err(|source| ResourceError::Open {
+                field,
+                name: path.display().to_string(),
+                source,
+            });
+            let listener = bound?;
+            let ours = BoundPath { path: path.clone(), inner: PathDialer::new(path) };
+            HostEnd { listener: Some(listener), dialer: Some(dialer.unwrap_or(Box::new(ours))) }
+        }
+    })
+}
+
+/// A socket device's own path: dials beside it, and removes it at the end.
+struct BoundPath {
+    path: PathBuf,
+    inner: PathDialer,
+}
+
+impl Dialer for BoundPath {
+    fn dial(&mut self, port: u32) -> io::Result<UnixStream> {
+        self.inner.dial(port)
+    }
+}
+
+impl Drop for BoundPath {
+    fn drop(&mut self) {
+        // Someone else may have removed it already.
+        let _ = std::fs::remove_file(&self.path);
     }
 }

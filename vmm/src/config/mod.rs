@@ -23,10 +23,12 @@
 //! with the request. The format is TOML, or JSON when the file's name ends in `.json`. Unknown keys are errors, and
 //! every error names the field that is at fault.
 
+mod device;
 mod source;
 
 use std::path::{Path, PathBuf};
 
+pub use device::{BlockDevice, DeviceConfig, NetDevice, VsockDevice};
 use serde::{Deserialize, Serialize};
 pub use source::FileSource;
 
@@ -66,6 +68,9 @@ pub struct MachineConfig {
     /// How it is controlled.
     #[serde(default)]
     pub control: ControlConfig,
+    /// Its devices, in the order of its slots.
+    #[serde(default)]
+    pub devices: Vec<DeviceConfig>,
 }
 
 fn default_slots() -> u8 {
@@ -253,6 +258,11 @@ impl MachineConfig {
         }
         if self.slots > MAX_SLOTS {
             return value("slots", format!("{}; at most {MAX_SLOTS}", self.slots));
+        }
+        // The memory device takes a slot of its own.
+        let needed = self.devices.len() + usize::from(memory.hotplug_mib > 0);
+        if needed > usize::from(self.slots) {
+            return value("slots", format!("{} slots for {needed} devices", self.slots));
         }
         self.command_line().map(|_| ()).map_err(ConfigError::CommandLine)
     }

@@ -16,6 +16,14 @@ pub struct MachineBus {
     pub(super) end: Arc<End>,
 }
 
+impl MachineBus {
+    /// The console.
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+}
+
 impl Bus for MachineBus {
     fn port_read(&self, port: u16, data: &mut [u8]) {
         if Console::has(port) {

@@ -13,20 +13,24 @@
 //! machine needs from the host was opened before (see [`resources`](crate::resources)).
 
 mod bus;
+mod devices;
 mod exit;
 pub mod poller;
 mod processors;
 pub mod slots;
 
-use std::{io, os::fd::AsRawFd, sync::Arc, time::Instant};
+use std::{fs::File, io, os::fd::AsRawFd, sync::Arc, time::Instant};
 
 pub use bus::{End, MachineBus};
+use devices::Workshop;
+pub use devices::{DeviceBuildError, OpenDevice};
 pub use exit::ExitReason;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use poller::{Poller, Token};
 pub use processors::ProcessorError;
 use processors::Processors;
+use serde::{Deserialize, Serialize};
 use slots::{SlotError, Slots};
 use vmm_sys_util::{
     epoll::EventSet,
@@ -36,11 +40,17 @@ use vmm_sys_util::{
 use crate::{
     boot::{self, BootError, BootSource},
     devices::{
+        balloon::Balloon,
         exit::ExitPort,
+        mem::{MemoryDevice, MemoryError},
         serial::{Console, ConsoleSink, SERIAL_GSI},
     },
     memory::{GuestRam, RamConfig, RamError, layout::KVM_TSS},
-    virtio::{DeviceEvent, VirtioDevice},
+    snapshot::MachineState,
+    virtio::{
+        VirtioDevice,
+        mmio::{IrqLine, TransportState},
+    },
 };
 
 /// The version of KVM's interface that exists.
@@ -86,13 +96,28 @@ pub enum MachineError {
     /// The slots.
     #[error(transparent)]
     Slot(#[from] SlotError),
+    /// A device.
+    #[error("slot {slot}")]
+    Device {
+        /// The slot.
+        slot: u8,
+        /// Why it could not be made.
+        #[source]
+        source: DeviceBuildError,
+    },
+    /// The machine lacks the device that this is about.
+    #[error("the machine has no {0}")]
+    NoDevice(&'static str),
+    /// A size that the memory device cannot have.
+    #[error("resizing memory")]
+    Resize(#[source] MemoryError),
     /// The host is out of descriptors or memory.
     #[error("{0}")]
     Host(&'static str, #[source] io::Error),
 }
 
 /// The sizes of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineShape {
     /// Its memory.
     pub ram: RamConfig,
@@ -111,6 +136,8 @@ pub struct Machine {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     shape: MachineShape,
+    /// It was restored and has not run since: what was on its way when it was saved is to be sent again.
+    fresh_from_snapshot: bool,
 }
 
 impl Machine {
@@ -121,16 +148,53 @@ impl Machine {
     pub fn new(
         kvm: &Kvm,
         shape: MachineShape,
+        poller: Arc<Poller>,
         sink: ConsoleSink,
         started: Instant,
     ) -> Result<Self, MachineError> {
+        let ram = GuestRam::new(shape.ram)?;
+        let console = |irq| Ok(Console::new(irq, sink));
+        Self::with_memory(kvm, shape, ram, poller, BusParts { console, started })
+    }
+
+    /// Makes a machine for a saved state, with its memory and its console but without processors and devices.
+    ///
+    /// # Errors
+    /// When the host lacks something, or the state is impossible.
+    pub fn from_snapshot(
+        kvm: &Kvm,
+        state: &MachineState,
+        memory: File,
+        poller: Arc<Poller>,
+        (sink, started): (ConsoleSink, Instant),
+    ) -> Result<Self, MachineError> {
+        let ram = GuestRam::from_file(state.shape.ram, memory)?;
+        let console = |irq| {
+            Console::from_state(&state.serial, irq, sink)
+                .map_err(|error| MachineError::Host("restoring the console", error))
+        };
+        let mut machine = Self::with_memory(kvm, state.shape, ram, poller, BusParts { console, started })?;
+        machine.fresh_from_snapshot = true;
+        Ok(machine)
+    }
+
+    fn with_memory(
+        kvm: &Kvm,
+        shape: MachineShape,
+        ram: GuestRam,
+        poller: Arc<Poller>,
+        parts: BusParts<impl FnOnce(Arc<dyn IrqLine>) -> Result<Console, MachineError>>,
+    ) -> Result<Self, MachineError> {
         check(kvm)?;
-        let ram = Arc::new(GuestRam::new(shape.ram)?);
+        if shape.slots > slots::MAX_SLOTS {
+            return Err(SlotError::TooMany(shape.slots).into());
+        }
+        let ram = Arc::new(ram);
         let vm = Arc::new(create_vm(kvm, &ram)?);
-        let poller = Arc::new(Poller::new().map_err(|e| MachineError::Host("creating the event loop", e))?);
-        let bus = Arc::new(new_bus(&vm, &ram, &poller, shape, sink, started)?);
+        let slots = Slots::new(vm.clone(), ram.mem().clone(), poller.clone(), shape.slots);
+        let bus = Arc::new(new_bus(&vm, &poller, slots, parts)?);
         let processors = Processors::new(kvm, vm.clone(), bus.clone(), shape.max_processors)?;
-        Ok(Self { processors, bus, poller, vm, ram, shape })
+        Ok(Self { processors, bus, poller, vm, ram, shape, fresh_from_snapshot: false })
     }
 
     /// Puts a kernel into memory and processor 0 at its entry, with `processors` processors in all.
@@ -191,12 +255,101 @@ impl Machine {
         &self.poller
     }
 
-    /// Plugs a device into a slot.
+    /// Makes a device and plugs it into a slot.
     ///
     /// # Errors
-    /// When the slot is taken or the wiring fails.
-    pub fn plug(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+    /// When the device cannot be made, the slot is taken or the wiring fails.
+    pub fn plug(&self, slot: u8, device: OpenDevice) -> Result<(), MachineError> {
+        let device = self.workshop().make(device).map_err(|source| MachineError::Device { slot, source })?;
         Ok(self.bus.slots.plug(slot, device)?)
+    }
+
+    /// Plugs the memory device into the first empty slot, if the machine has hotpluggable memory.
+    ///
+    /// # Errors
+    /// When the device cannot be made or no slot is free.
+    pub fn plug_memory(&self) -> Result<(), MachineError> {
+        if self.shape.ram.hotplug == 0 {
+            return Ok(());
+        }
+        let slot = self.bus.slots.first_empty()?;
+        let device = self.workshop().memory().map_err(|source| MachineError::Device { slot, source })?;
+        Ok(self.bus.slots.plug(slot, device)?)
+    }
+
+    /// Puts a device back into its slot; `device` is what it is on now, for those that need something.
+    ///
+    /// # Errors
+    /// When it cannot be made, or does not take its state.
+    pub fn restore_device(
+        &self,
+        slot: u8,
+        state: &TransportState,
+        device: Option<OpenDevice>,
+    ) -> Result<(), MachineError> {
+        let made = self.workshop().restore(&state.device, device);
+        let made = made.map_err(|source| MachineError::Device { slot, source })?;
+        Ok(self.bus.slots.restore(slot, made, state)?)
+    }
+
+    fn workshop(&self) -> Workshop<'_> {
+        Workshop { vm: &self.vm, ram: &self.ram }
+    }
+
+    /// Takes the device out of a slot.
+    ///
+    /// # Errors
+    /// When there is none, or its driver holds it and `force` is not set.
+    pub fn unplug(&self, slot: u8, force: bool) -> Result<(), MachineError> {
+        Ok(self.bus.slots.unplug(slot, force)?)
+    }
+
+    /// Asks the guest to have `bytes` of hotpluggable memory plugged.
+    ///
+    /// # Errors
+    /// When there is no memory device, or it cannot have that size.
+    pub fn request_memory(&self, bytes: u64) -> Result<(), MachineError> {
+        let asked = self.first_device::<MemoryDevice, _>(|mem| mem.set_requested_size(bytes));
+        asked.ok_or(MachineError::NoDevice("memory device"))?.map_err(MachineError::Resize)
+    }
+
+    /// Asks the guest to have `pages` pages of 4 KiB in its balloon.
+    ///
+    /// # Errors
+    /// When there is no balloon.
+    pub fn request_balloon(&self, pages: u32) -> Result<(), MachineError> {
+        let asked = self.first_device::<Balloon, _>(|balloon| balloon.set_target_pages(pages));
+        asked.ok_or(MachineError::NoDevice("balloon"))
+    }
+
+    /// Runs `f` on the first device that is a `D`.
+    fn first_device<D: VirtioDevice, T>(&self, mut f: impl FnMut(&mut D) -> T) -> Option<T> {
+        let slots = (0u8..).take(self.bus.slots.count());
+        slots.filter_map(|slot| self.bus.slots.with(slot, |t| t.device_as::<D>().map(&mut f)).ok()??).next()
+    }
+
+    /// Sizes, times and counters.
+    #[must_use]
+    pub fn metrics(&self) -> serde_json::Value {
+        let devices: serde_json::Map<_, _> = (0u8..)
+            .take(self.bus.slots.count())
+            .filter_map(|slot| {
+                let metrics = self.bus.slots.with(slot, |transport| transport.metrics()).ok()??;
+                Some((slot.to_string(), serde_json::to_value(metrics).unwrap_or_default()))
+            })
+            .collect();
+        serde_json::json!({
+            "vcpus": self.processors.count(),
+            "running": self.processors.running(),
+            "memory": {
+                "boot_bytes": self.shape.ram.size,
+                "plugged_bytes": self.first_device::<MemoryDevice, _>(|mem| mem.plugged_size()),
+                "balloon_pages": self.first_device::<Balloon, _>(|balloon| balloon.actual_pages()),
+            },
+            "phases_us": self.bus.exit_port.phases(),
+            "console": *self.bus.console.metrics(),
+            "slots": devices,
+        })
     }
 
     /// Lets all processors run.
@@ -204,7 +357,11 @@ impl Machine {
     /// # Errors
     /// When one has stopped for good.
     pub fn resume(&mut self) -> Result<(), MachineError> {
-        Ok(self.processors.resume()?)
+        self.processors.resume()?;
+        if std::mem::take(&mut self.fresh_from_snapshot) {
+            self.bus.slots.kick_all();
+        }
+        Ok(())
     }
 
     /// Brings all processors to rest. Devices still finish what they have begun.
@@ -234,15 +391,6 @@ impl Machine {
             _ => {}
         }
     }
-
-    /// Hands an event to the device in a slot.
-    ///
-    /// # Errors
-    /// When there is no such slot.
-    pub fn nudge(&self, slot: u8, event: DeviceEvent) -> Result<(), MachineError> {
-        self.bus.slots.with(slot, |transport| transport.process(event))?;
-        Ok(())
-    }
 }
 
 fn check(kvm: &Kvm) -> Result<(), MachineError> {
@@ -261,7 +409,7 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, MachineError> {
     let vm = kvm.create_vm().map_err(failed("creating the virtual machine"))?;
     vm.set_tss_address(KVM_TSS).map_err(failed("placing the task state segment"))?;
     vm.create_irq_chip().map_err(failed("creating the interrupt controller"))?;
-    for (number, slot) in (0u32..).zip(ram.slots()) {
+    for (number, slot) in (0u32..).zip(ram.boot_slots()) {
         let region = kvm_userspace_memory_region {
             slot: number,
             flags: 0,
@@ -277,13 +425,18 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, MachineError> {
     Ok(vm)
 }
 
-fn new_bus(
-    vm: &Arc<VmFd>,
-    ram: &GuestRam,
-    poller: &Arc<Poller>,
-    shape: MachineShape,
-    sink: ConsoleSink,
+/// What a bus is made from, beside its slots.
+struct BusParts<C> {
+    /// Makes the console on its interrupt line.
+    console: C,
     started: Instant,
+}
+
+fn new_bus(
+    vm: &VmFd,
+    poller: &Poller,
+    slots: Slots,
+    parts: BusParts<impl FnOnce(Arc<dyn IrqLine>) -> Result<Console, MachineError>>,
 ) -> Result<MachineBus, MachineError> {
     let host = |error| MachineError::Host("creating the machine's events", error);
     let console_irq = EventFd::new(EFD_NONBLOCK).map_err(host)?;
@@ -292,9 +445,9 @@ fn new_bus(
     let end = End::new().map_err(host)?;
     poller.add(end.event().as_raw_fd(), EventSet::IN, Token::Exit).map_err(host)?;
     Ok(MachineBus {
-        console: Arc::new(Console::new(Arc::new(console_irq), sink)),
-        exit_port: Arc::new(ExitPort::new(started)),
-        slots: Arc::new(Slots::new(vm.clone(), ram.mem().clone(), poller.clone(), shape.slots)),
+        console: Arc::new((parts.console)(Arc::new(console_irq))?),
+        exit_port: Arc::new(ExitPort::new(parts.started)),
+        slots: Arc::new(slots),
         end: Arc::new(end),
     })
 }

@@ -42,6 +42,9 @@ pub enum SlotError {
         /// How many there are.
         count: usize,
     },
+    /// More than a machine can have.
+    #[error("{0} slots, at most {MAX_SLOTS} are possible")]
+    TooMany(u8),
     /// It holds a device.
     #[error("slot {0} is occupied")]
     Occupied(u8),

@@ -2,6 +2,7 @@
 
 mod mapped_file;
 mod ram;
+mod save;
 
 pub mod layout;
 

@@ -3,7 +3,6 @@
 use std::{
     fs::File,
     io,
-    os::fd::AsRawFd,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -40,7 +39,7 @@ pub enum HugePages {
 }
 
 /// What memory to make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamConfig {
     /// Memory present at boot, in bytes.
     pub size: u64,
@@ -70,6 +69,14 @@ pub enum RamError {
     /// A size that the address space does not hold.
     #[error("{0} bytes of guest memory do not fit the address space")]
     TooLarge(u64),
+    /// A memory file of another length.
+    #[error("the memory file has {got} bytes, the memory {expected}")]
+    FileLength {
+        /// The memory's length.
+        expected: u64,
+        /// The file's.
+        got: u64,
+    },
     /// Setting up huge pages failed.
     #[error("asking for transparent huge pages")]
     HugePages(#[source] io::Error),
@@ -118,16 +125,45 @@ impl GuestRam {
     /// # Errors
     /// When the host refuses, see [`RamError`].
     pub fn new(config: RamConfig) -> Result<Self, RamError> {
-        let mut parts = layout::boot_regions(config.size);
-        if config.hotplug > 0 {
-            parts.push((layout::hotplug_start(config.size), config.hotplug));
-        }
-        let regions = parts
-            .into_iter()
-            .map(|(start, len)| region(start, len, &config))
-            .collect::<Result<Vec<_>, _>>()?;
+        let regions = parts(&config).into_iter().map(|(start, len)| region(start, len, &config));
+        let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
         Ok(Self { mem: Arc::new(mem), config, file_parts: Mutex::new(Vec::new()) })
+    }
+
+    /// Maps memory that was saved to `file`, privately. The file must never change while the memory is in use.
+    ///
+    /// # Errors
+    /// When the file has another length than the memory, or the host refuses.
+    pub fn from_file(config: RamConfig, file: File) -> Result<Self, RamError> {
+        let parts = parts(&config);
+        let expected: u64 = parts.iter().map(|(_, len)| len).sum();
+        let got = file.metadata().map_err(RamError::Memfd)?.len();
+        if got != expected {
+            return Err(RamError::FileLength { expected, got });
+        }
+        let file = Arc::new(file);
+        let (mut regions, mut file_parts, mut offset) = (Vec::new(), Vec::new(), 0);
+        for (start, len) in parts {
+            let size = usize::try_from(len).map_err(|_| RamError::TooLarge(len))?;
+            let mapping = MmapRegionBuilder::new(size)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+                .build()
+                .map_err(|source| RamError::Map { size: len, source })?;
+            regions.push(GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(RamError::TooLarge(len))?);
+            file_parts.push(Range { start, len });
+            offset += len;
+        }
+        let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
+        // What it was backed by before it was saved no longer matters.
+        let config = RamConfig { backing: Backing::Anonymous, huge_pages: HugePages::Off, ..config };
+        Ok(Self { mem: Arc::new(mem), config, file_parts: Mutex::new(file_parts) })
+    }
+
+    pub(super) fn regions(&self) -> impl Iterator<Item = &GuestRegionMmap<()>> {
+        self.mem.iter()
     }
 
     /// The memory as devices see it.
@@ -149,9 +185,21 @@ impl GuestRam {
         (self.config.hotplug > 0).then_some(Range { start, len: self.config.hotplug })
     }
 
-    /// What to tell the hypervisor, in order.
+    /// Boot memory, as the hypervisor is to be told of it.
     #[must_use]
-    pub fn slots(&self) -> Vec<Slot> {
+    pub fn boot_slots(&self) -> Vec<Slot> {
+        let mut slots = self.slots();
+        slots.truncate(layout::boot_regions(self.config.size).len());
+        slots
+    }
+
+    /// The range for memory that is plugged later, if there is one.
+    #[must_use]
+    pub fn hotplug_slot(&self) -> Option<Slot> {
+        (self.config.hotplug > 0).then(|| self.slots().pop()).flatten()
+    }
+
+    fn slots(&self) -> Vec<Slot> {
         self.mem
             .iter()
             .map(|region| Slot {
@@ -184,7 +232,7 @@ impl GuestRam {
         }
     }
 
-    fn shows_file(&self, start: u64, len: u64) -> bool {
+    pub(super) fn shows_file(&self, start: u64, len: u64) -> bool {
         let parts = self.file_parts.lock().unwrap_or_else(PoisonError::into_inner);
         parts.iter().any(|part| part.overlaps(start, len))
     }
@@ -260,6 +308,15 @@ impl Discard for GuestRam {
     }
 }
 
+/// The start and length of every region.
+fn parts(config: &RamConfig) -> Vec<(u64, u64)> {
+    let mut parts = layout::boot_regions(config.size);
+    if config.hotplug > 0 {
+        parts.push((layout::hotplug_start(config.size), config.hotplug));
+    }
+    parts
+}
+
 fn region(start: u64, len: u64, config: &RamConfig) -> Result<GuestRegionMmap<()>, RamError> {
     let size = usize::try_from(len).map_err(|_| RamError::TooLarge(len))?;
     let mapping = map(size, config)?;
@@ -299,7 +356,6 @@ fn memfd(size: u64, huge: bool) -> io::Result<File> {
     let huge = if huge { MFdFlags::MFD_HUGETLB } else { MFdFlags::empty() };
     let file = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | huge)?);
     file.set_len(size)?;
-    debug_assert!(file.as_raw_fd() >= 0);
     Ok(file)
 }
 

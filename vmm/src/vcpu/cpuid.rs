@@ -3,8 +3,11 @@
 //! Every vCPU is a core of its own with one thread, and all cores share one package. KVM's paravirtual leaves
 //! (0x4000_0000 and up) are handed on as KVM reports them.
 
+use std::{arch::x86_64::__cpuid, fmt};
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
+use serde::{Deserialize, Serialize};
 
 /// Leaf 1 ECX: the TSC-deadline timer, which KVM emulates but does not report.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -19,6 +22,29 @@ const CLFLUSH_UNITS: u32 = 8;
 /// Leaf 0xb and 0x1f ECX level types.
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
+
+/// A processor model: its vendor, and family, model and stepping as leaf 1 has them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuModel {
+    vendor: [u32; 3],
+    signature: u32,
+}
+
+impl CpuModel {
+    /// The model of this host.
+    #[must_use]
+    pub fn of_host() -> Self {
+        let (vendor, leaf) = (__cpuid(0), __cpuid(1));
+        Self { vendor: [vendor.ebx, vendor.edx, vendor.ecx], signature: leaf.eax }
+    }
+}
+
+impl fmt::Display for CpuModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let vendor: Vec<u8> = self.vendor.iter().flat_map(|word| word.to_le_bytes()).collect();
+        write!(f, "{} {:#x}", String::from_utf8_lossy(&vendor), self.signature)
+    }
+}
 
 /// What every processor of the machine has in common.
 #[derive(Clone)]

@@ -1,4 +1,4 @@
-use std::{io, os::fd::RawFd, sync::Arc};
+use std::{any::Any, io, os::fd::RawFd, sync::Arc};
 
 use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
@@ -135,7 +135,7 @@ pub enum DeviceEvent {
 /// One event loop thread calls [`process`](Self::process); register accesses arrive from vCPU threads. The
 /// transport serialises all calls with a lock, so a device needs none of its own, and no method may block on the
 /// guest, on a peer or on slow I/O: a bounded amount of work, then return.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Any + Send {
     /// What kind of device this is.
     fn id(&self) -> DeviceId;
 

@@ -14,7 +14,7 @@ use crate::virtio::buffers::GuestBuffers;
 
 /// Where frames go to and come from. Each has a header of [`HEADER`] bytes in front. No call waits: what cannot be
 /// done now is [`io::ErrorKind::WouldBlock`].
-pub trait NetBackend: Send {
+pub trait NetBackend: Send + 'static {
     /// Becomes readable when a frame has come, and writable when one can be sent again.
     fn fd(&self) -> RawFd;
 

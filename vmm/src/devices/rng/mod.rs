@@ -60,7 +60,7 @@ impl Default for RngConfig {
 }
 
 /// Where random bytes come from.
-pub trait Entropy: Send {
+pub trait Entropy: Send + 'static {
     /// Fills all of `to`.
     ///
     /// # Errors

@@ -16,6 +16,8 @@ mod interrupt;
 mod registers;
 mod slot;
 mod state;
+#[cfg(test)]
+mod tests;
 mod transport;
 
 pub use interrupt::{IrqLine, MmioInterrupt};

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{any::Any, sync::Arc};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -152,9 +152,10 @@ impl MmioTransport {
         self.device.metrics()
     }
 
-    /// The device itself.
-    pub fn device_mut(&mut self) -> &mut dyn VirtioDevice {
-        self.device.as_mut()
+    /// The device itself, if it is a `D`.
+    pub fn device_as<D: VirtioDevice>(&mut self) -> Option<&mut D> {
+        let device: &mut dyn Any = self.device.as_mut();
+        device.downcast_mut()
     }
 
     /// Whether a driver is using it.

@@ -1,0 +1,148 @@
+//! Packets with descriptors on a unix socket (unix(7), `SOCK_SEQPACKET`).
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    path::Path,
+};
+
+use nix::{
+    cmsg_space,
+    sys::{
+        socket::{
+            AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+            UnixAddr, accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, socket, sockopt,
+        },
+        stat::{Mode, umask},
+    },
+};
+
+/// The longest message.
+pub const MAX_MESSAGE: usize = 128 << 10;
+/// The most descriptors in one message.
+pub const MAX_DESCRIPTORS: usize = 64;
+
+/// Makes a socket at `path`, which only this user can reach, and listens.
+///
+/// # Errors
+/// [`io::ErrorKind::AddrInUse`] when something is there already.
+pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    let listener = new_socket()?;
+    let address = UnixAddr::new(path)?;
+    // The socket's mode is set by the mask at bind(2); changing it afterwards would leave a moment in between.
+    let before = umask(Mode::S_IRWXG | Mode::S_IRWXO);
+    let bound = bind(listener.as_raw_fd(), &address);
+    umask(before);
+    bound?;
+    listen(&listener, Backlog::new(8)?)?;
+    Ok(listener)
+}
+
+/// Connects to a machine's socket.
+///
+/// # Errors
+/// When nobody listens there.
+pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    let socket = new_socket()?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
+}
+
+fn new_socket() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// Whether `socket` listens, rather than being connected.
+///
+/// # Errors
+/// When it is no socket.
+pub fn is_listening(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(getsockopt(&socket, sockopt::AcceptConn)?)
+}
+
+/// Accepts a connection.
+///
+/// # Errors
+/// When there is none, or the process is out of descriptors.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let raw = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: the call has just returned it, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Sends a packet.
+///
+/// # Errors
+/// When the peer is gone; with `wait` false also when it does not keep up.
+pub fn send(socket: BorrowedFd<'_>, data: &[u8], descriptors: &[RawFd], wait: bool) -> io::Result<()> {
+    let rights = [ControlMessage::ScmRights(descriptors)];
+    let control = if descriptors.is_empty() { &[][..] } else { &rights[..] };
+    let flags = MsgFlags::MSG_NOSIGNAL | if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
+    let sent = sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(data)], control, flags, None)?;
+    if sent == data.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Receives a packet; `None` when the peer has closed its end.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`] when the packet was longer, or had more descriptors, than is allowed.
+pub fn receive(socket: BorrowedFd<'_>, wait: bool) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    let mut data = vec![0; MAX_MESSAGE];
+    let mut control = cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    let mut parts = [IoSliceMut::new(&mut data)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
+    let received = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let mut descriptors = Vec::new();
+    for message in received.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            // SAFETY: the kernel has just installed them for this process, and nothing else owns them.
+            descriptors.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    let truncated = received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+    let len = received.bytes;
+    if truncated {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    if len == 0 && descriptors.is_empty() {
+        return Ok(None);
+    }
+    data.truncate(len);
+    Ok(Some((data, descriptors)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn packets_keep_their_borders_and_their_descriptors() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = listen_at(&path).unwrap();
+        assert!(is_listening(listener.as_fd()).unwrap());
+        let client = connect_to(&path).unwrap();
+        let server = accept(listener.as_fd()).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        send(client.as_fd(), b"one", &[file.as_raw_fd()], true).unwrap();
+        send(client.as_fd(), b"two", &[], true).unwrap();
+        let (data, descriptors) = receive(server.as_fd(), false).unwrap().unwrap();
+        assert_eq!((data.as_slice(), descriptors.len()), (&b"one"[..], 1));
+        let (data, descriptors) = receive(server.as_fd(), false).unwrap().unwrap();
+        assert_eq!((data.as_slice(), descriptors.len()), (&b"two"[..], 0));
+        drop(client);
+        assert!(receive(server.as_fd(), false).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_path_in_use_is_refused_and_the_socket_is_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let _first = listen_at(&path).unwrap();
+        assert_eq!(listen_at(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o077, 0);
+    }
+}

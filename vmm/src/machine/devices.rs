@@ -1,0 +1,129 @@
+//! Making devices for slots, from their configuration or from their saved state.
+
+use std::{os::fd::OwnedFd, sync::Arc};
+
+use kvm_ioctls::VmFd;
+
+use crate::{
+    devices::{
+        DeviceState,
+        balloon::{Balloon, BalloonConfig},
+        block::{Block, BlockConfig, BlockError},
+        mem::{HostRegion, KvmBlocks, MemoryConfig, MemoryDevice, MemoryError},
+        net::{Net, NetConfig, NetError},
+        rng::{HostEntropy, Rng, RngConfig, RngError},
+        vsock::{HostEnd, Vsock, VsockConfig, VsockError},
+    },
+    memory::GuestRam,
+    virtio::VirtioDevice,
+};
+
+/// A device that can be made: its configuration, with everything that it needs from the host open.
+pub enum OpenDevice {
+    /// Entropy source.
+    Rng(RngConfig),
+    /// Memory balloon.
+    Balloon(BalloonConfig),
+    /// Disk, with its files.
+    Block(BlockConfig, Vec<OwnedFd>),
+    /// Network card, with its tap device.
+    Net(NetConfig, OwnedFd),
+    /// Socket device, with its host's end.
+    Vsock(VsockConfig, HostEnd),
+}
+
+/// Why a device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceBuildError {
+    /// Entropy source.
+    #[error("entropy source")]
+    Rng(#[from] RngError),
+    /// Balloon.
+    #[error("balloon")]
+    Balloon(#[source] std::io::Error),
+    /// Disk.
+    #[error("disk")]
+    Block(#[from] BlockError),
+    /// Network card.
+    #[error("network card")]
+    Net(#[from] NetError),
+    /// Socket device.
+    #[error("socket device")]
+    Vsock(#[from] VsockError),
+    /// Memory device.
+    #[error("memory device")]
+    Mem(#[from] MemoryError),
+    /// The machine has no address space for it.
+    #[error("the machine was made without hotpluggable memory")]
+    NoHotplugMemory,
+    /// What was saved is another kind of device than what is to be restored.
+    #[error("the snapshot has another kind of device in this slot")]
+    WrongKind,
+}
+
+/// What devices get from the machine itself.
+pub(super) struct Workshop<'a> {
+    pub(super) vm: &'a Arc<VmFd>,
+    pub(super) ram: &'a Arc<GuestRam>,
+}
+
+impl Workshop<'_> {
+    /// Makes a new device.
+    pub(super) fn make(&self, device: OpenDevice) -> Result<Box<dyn VirtioDevice>, DeviceBuildError> {
+        Ok(match device {
+            OpenDevice::Rng(config) => Box::new(Rng::new(config, HostEntropy)?),
+            OpenDevice::Balloon(config) => {
+                Box::new(Balloon::new(config, self.ram.clone()).map_err(DeviceBuildError::Balloon)?)
+            }
+            OpenDevice::Block(config, files) => Box::new(Block::new(config, files)?),
+            OpenDevice::Net(config, tap) => Box::new(Net::new(config, tap)?),
+            OpenDevice::Vsock(config, host) => Box::new(Vsock::new(config, host)?),
+        })
+    }
+
+    /// Makes a device that goes on from `state`. Devices that need nothing from the host need no `device`.
+    pub(super) fn restore(
+        &self,
+        state: &DeviceState,
+        device: Option<OpenDevice>,
+    ) -> Result<Box<dyn VirtioDevice>, DeviceBuildError> {
+        Ok(match (state, device) {
+            (DeviceState::Rng(state), None) => Box::new(Rng::from_state(state, HostEntropy)?),
+            (DeviceState::Balloon(state), None) => {
+                Box::new(Balloon::from_state(state, self.ram.clone()).map_err(DeviceBuildError::Balloon)?)
+            }
+            (DeviceState::Mem(state), None) => Box::new(MemoryDevice::from_state(state, self.blocks()?)?),
+            (DeviceState::Block(state), Some(OpenDevice::Block(_, files))) => {
+                Box::new(Block::from_state(state.clone(), files)?)
+            }
+            (DeviceState::Net(state), Some(OpenDevice::Net(_, tap))) => {
+                Box::new(Net::from_state(state.clone(), tap)?)
+            }
+            // The one device whose options may differ: every machine from a template has an address of its own.
+            (DeviceState::Vsock(state), Some(OpenDevice::Vsock(config, host))) => {
+                Box::new(Vsock::from_state(state, config, host)?)
+            }
+            _ => return Err(DeviceBuildError::WrongKind),
+        })
+    }
+
+    /// Makes the memory device over the machine's hotpluggable range.
+    pub(super) fn memory(&self) -> Result<Box<dyn VirtioDevice>, DeviceBuildError> {
+        let range = self.ram.hotplug_range().ok_or(DeviceBuildError::NoHotplugMemory)?;
+        let config =
+            MemoryConfig { start: range.start, size: range.len, block_size: BLOCK_SIZE, requested_size: 0 };
+        Ok(Box::new(MemoryDevice::new(config, self.blocks()?)?))
+    }
+
+    fn blocks(&self) -> Result<Arc<KvmBlocks>, DeviceBuildError> {
+        let slot = self.ram.hotplug_slot().ok_or(DeviceBuildError::NoHotplugMemory)?;
+        let first_slot = u32::try_from(self.ram.boot_slots().len()).unwrap_or_default();
+        let region = HostRegion { guest: slot.guest, host: slot.host, len: slot.len, first_slot };
+        // SAFETY: the range is one of the mappings of `ram`, which outlives the virtual machine (both belong to the
+        // machine, and this device keeps the memory too). The machine itself uses only the slots before.
+        Ok(Arc::new(unsafe { KvmBlocks::new(self.vm.clone(), self.ram.clone(), region) }))
+    }
+}
+
+/// What is plugged at once: 2 MiB.
+const BLOCK_SIZE: u64 = 2 << 20;

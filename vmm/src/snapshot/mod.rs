@@ -1,0 +1,203 @@
+//! Saving a paused machine, and making a machine from what was saved.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`format`] | the state file: header, version, checksum |
+//! | [`state`] | what is in it |
+//! | `vcpu` | the state of a processor, in the order that KVM needs |
+//! | `vm` | the interrupt controllers and the clock |
+//!
+//! A snapshot is two files. The state file is small and read as a whole. The memory file is as long as the machine's
+//! memory, with holes where it is zero; a restored machine maps it privately and reads what it touches. It must
+//! therefore never change while a machine runs from it. Any number of machines may.
+//!
+//! A *template* is an ordinary snapshot of a machine whose slots are empty save for what needs nothing from the host:
+//! whoever restores it plugs the rest.
+
+pub mod format;
+pub mod state;
+mod vcpu;
+mod vm;
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::unix::fs::FileExt,
+    sync::Arc,
+    time::Instant,
+};
+
+pub use format::FormatError;
+use kvm_ioctls::Kvm;
+pub use state::MachineState;
+
+use crate::{
+    control::protocol::RestoreCommand,
+    devices::serial::ConsoleSink,
+    machine::{Machine, MachineError, OpenDevice, ProcessorError, poller::Poller},
+    memory::RamError,
+    resources::{self, Access, Descriptors, ResourceError},
+    vcpu::VcpuCommandError,
+    virtio::DeviceError,
+};
+
+/// Why a machine could not be saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// It runs.
+    #[error("the machine must be paused")]
+    Running,
+    /// A file could not be written or read.
+    #[error("{0}")]
+    Io(&'static str, #[source] io::Error),
+    /// The state file is not one that this version understands.
+    #[error("the state file")]
+    Format(#[from] FormatError),
+    /// KVM did not give or take a part of the state.
+    #[error("{what}")]
+    Kvm {
+        /// Which part.
+        what: String,
+        /// Why.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// A processor has more of something than KVM's tables hold.
+    #[error("{0} does not fit KVM's tables")]
+    Table(&'static str),
+    /// A device could not come to rest.
+    #[error("slot {slot}: saving its device")]
+    Device {
+        /// The slot.
+        slot: u8,
+        /// Why.
+        #[source]
+        source: DeviceError,
+    },
+    /// The snapshot comes from another kind of processor.
+    #[error("the snapshot was made on another processor model ({saved}, this host has {here})")]
+    Processor {
+        /// The snapshot's.
+        saved: String,
+        /// This host's.
+        here: String,
+    },
+    /// The memory file belongs to another snapshot, or was cut short.
+    #[error("the memory file has {got} bytes, the snapshot's memory {expected}")]
+    MemoryLength {
+        /// What the state file says.
+        expected: u64,
+        /// What there is.
+        got: u64,
+    },
+    /// A slot was named for which nothing was saved.
+    #[error("the snapshot has no device in slot {0}")]
+    NoSuchDevice(u8),
+    /// Guest memory.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Something that the snapshot needs could not be opened.
+    #[error(transparent)]
+    Resource(#[from] ResourceError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] Box<MachineError>),
+    /// The processors.
+    #[error(transparent)]
+    Processors(#[from] ProcessorError),
+    /// A processor is gone.
+    #[error(transparent)]
+    Gone(#[from] VcpuCommandError),
+}
+
+impl From<MachineError> for SnapshotError {
+    fn from(error: MachineError) -> Self {
+        Self::Machine(Box::new(error))
+    }
+}
+
+/// Saves a paused machine: its state to `state_file`, its memory to `memory_file`, which must be empty.
+///
+/// # Errors
+/// When it runs, or a part of it cannot be saved. The files are then of no use.
+pub fn save(
+    kvm: &Kvm,
+    machine: &mut Machine,
+    state_file: &File,
+    memory_file: &File,
+) -> Result<(), SnapshotError> {
+    if machine.processors().running() {
+        return Err(SnapshotError::Running);
+    }
+    let result = MachineState::of(kvm, machine).and_then(|state| {
+        machine.ram().save(memory_file).map_err(|e| SnapshotError::Io("writing the memory file", e))?;
+        let bytes = format::encode(&state)?;
+        let mut file = state_file;
+        file.write_all(&bytes).map_err(|e| SnapshotError::Io("writing the state file", e))
+    });
+    // What devices took back to be saved they may do again, whether or not it worked.
+    machine.slots().kick_all();
+    result
+}
+
+/// Everything that a restored machine needs, open.
+pub struct Source {
+    state: File,
+    memory: File,
+    console: Option<File>,
+    console_rate: u64,
+    devices: Vec<(u8, OpenDevice)>,
+}
+
+impl Source {
+    /// Opens what `command` names.
+    ///
+    /// # Errors
+    /// The first file that could not be opened, with the field that names it.
+    pub fn open(command: &RestoreCommand, descriptors: &Descriptors) -> Result<Self, SnapshotError> {
+        let state = descriptors.open("state", &command.state, Access::Read)?;
+        let memory = descriptors.open("memory", &command.memory, Access::Read)?;
+        let console = command.console.output.as_ref();
+        let console =
+            console.map(|source| descriptors.open("console.output", source, Access::Append)).transpose()?;
+        let mut devices = Vec::with_capacity(command.devices.len());
+        for (index, device) in command.devices.iter().enumerate() {
+            let field = format!("devices[{index}]");
+            devices.push((device.slot, resources::open_device(&field, &device.device, descriptors)?));
+        }
+        Ok(Self { state, memory, console, console_rate: command.console.rate, devices })
+    }
+
+    fn read_state(&self) -> Result<MachineState, SnapshotError> {
+        let failed = |error| SnapshotError::Io("reading the state file", error);
+        let len = self.state.metadata().map_err(failed)?.len();
+        let mut bytes = Vec::new();
+        if len > 0 {
+            bytes.resize(usize::try_from(len.min(format::MAX_LEN)).unwrap_or_default(), 0);
+            self.state.read_exact_at(&mut bytes, 0).map_err(failed)?;
+        } else {
+            let mut limited = (&self.state).take(format::MAX_LEN);
+            limited.read_to_end(&mut bytes).map_err(failed)?;
+        }
+        Ok(format::decode(&bytes)?)
+    }
+}
+
+/// Makes a machine from a snapshot, paused. `birth` is where its times count from.
+///
+/// # Errors
+/// When the snapshot is not understood, does not fit this host, or something does not take its saved state.
+pub fn restore(
+    kvm: &Kvm,
+    poller: Arc<Poller>,
+    source: Source,
+    birth: Instant,
+) -> Result<Machine, SnapshotError> {
+    let state = source.read_state()?;
+    let Source { memory, console, console_rate, devices, .. } = source;
+    state.check_host()?;
+    let sink = ConsoleSink::new(console, console_rate);
+    let mut machine = Machine::from_snapshot(kvm, &state, memory, poller, (sink, birth))?;
+    state.restore(&mut machine, devices)?;
+    Ok(machine)
+}
