@@ -7,6 +7,7 @@
 //! | [`cri`] | a small CRI client, the kubelet's side |
 //! | [`ctr`] | containerd's own client, as a person types it |
 //! | [`guest`] | Linux guests booted by something other than containerd |
+//! | [`vmm`] | Linux guests in our own VMM |
 //! | [`vsock`] | a guest of our own VMM that serves vsock ports |
 //! | [`leaks`] | what a machine holds (processes, mounts, cgroups, links…) and what came on top since |
 //!
@@ -19,4 +20,5 @@ pub mod ctr;
 pub mod guest;
 pub mod leaks;
 pub mod node;
+pub mod vmm;
 pub mod vsock;

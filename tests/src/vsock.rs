@@ -25,9 +25,9 @@ use caisson_vmm::{
     config::MachineConfig,
     devices::{
         serial::ConsoleSink,
-        vsock::{HostEnd, PathDialer, Vsock, VsockConfig},
+        vsock::{HostEnd, PathDialer, VsockConfig},
     },
-    machine::Machine,
+    machine::{Machine, OpenDevice, poller::Poller},
     resources::{self, Descriptors, Resources},
 };
 
@@ -184,11 +184,11 @@ fn build(config: &MachineConfig, dir: &Path) -> Result<Machine> {
     let kvm = resources::open_kvm()?;
     let resources = Resources::open(config, &Descriptors::Inherited)?;
     let sink = ConsoleSink::new(resources.console, config.console.rate);
-    let mut machine = Machine::new(&kvm, config.shape(), sink, Instant::now())?;
+    let mut machine = Machine::new(&kvm, config.shape(), Arc::new(Poller::new()?), sink, Instant::now())?;
     let path = dir.join("vsock");
     let host =
         HostEnd { listener: Some(UnixListener::bind(&path)?), dialer: Some(Box::new(PathDialer::new(path))) };
-    machine.plug(0, Box::new(Vsock::new(VsockConfig { guest_cid: 3 }, host)?))?;
+    machine.plug(0, OpenDevice::Vsock(VsockConfig { guest_cid: 3 }, host))?;
     let command_line = config.command_line()?;
     let source = BootSource {
         kernel: &resources.kernel,

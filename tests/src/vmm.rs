@@ -1,0 +1,232 @@
+//! Linux guests in our own VMM: its process, its control connection and its console.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Write},
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use caisson_vmm::{
+    config::{FileSource, MachineConfig},
+    control::{Client, protocol::RestoreCommand},
+};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+use crate::{guest, node::Product};
+
+/// How long a guest may take for anything in a slow testbed.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Files of a guest: its initramfs, disks and snapshots.
+pub struct Workshop {
+    directory: tempfile::TempDir,
+}
+
+impl Workshop {
+    /// A directory for a guest whose init runs `script` in busybox's shell, after mounting what is usual.
+    ///
+    /// # Errors
+    /// When the initramfs cannot be made.
+    pub fn new(script: &str) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let init = format!(
+            "/bin/busybox --install -s /bin\n\
+             mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
+             {script}\n\
+             reboot -f\n"
+        );
+        guest::busybox_initramfs(&init, &directory.path().join("initramfs"))?;
+        Ok(Self { directory })
+    }
+
+    /// A path in the directory.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A machine that boots the guest with one processor and 128 MiB; `more` is appended to its file.
+    ///
+    /// # Errors
+    /// When `more` does not fit a machine file.
+    pub fn config(&self, more: &str) -> Result<MachineConfig> {
+        let kernel = Product::Kernel.path()?;
+        let initramfs = self.path("initramfs");
+        let text = format!(
+            "kernel.image = {kernel:?}\nkernel.initramfs = {initramfs:?}\n\
+             kernel.command_line = 'console=ttyS0 quiet loglevel=4'\n\
+             console.rate = 16777216\nmemory.size_mib = 128\n{more}"
+        );
+        parse(&text)
+    }
+
+    /// A file of `len` bytes that begins with `content`.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn disk(&self, name: &str, content: &str, len: u64) -> Result<PathBuf> {
+        let path = self.path(name);
+        let mut file = File::create(&path)?;
+        file.write_all(content.as_bytes())?;
+        file.set_len(len)?;
+        Ok(path)
+    }
+}
+
+/// Reads a machine file's text; TOML does without quotes what JSON needs them for, and has nested keys.
+fn parse(text: &str) -> Result<MachineConfig> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("machine.toml");
+    std::fs::write(&path, text)?;
+    Ok(MachineConfig::from_file(&path)?)
+}
+
+/// A VMM process under control.
+pub struct Vmm {
+    child: Child,
+    /// The control connection.
+    pub client: Client,
+    console: Receiver<String>,
+    /// Every line that the console has shown so far.
+    pub transcript: Vec<String>,
+    console_writer: OwnedFd,
+}
+
+impl Vmm {
+    /// Starts a process without a machine.
+    ///
+    /// # Errors
+    /// When the binary is missing.
+    pub fn start() -> Result<Self> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let child = Command::new(Product::Vmm.path()?)
+            .args(["--control-fd", "0", "--log-level", "info"])
+            .stdin(Stdio::from(theirs))
+            .spawn()
+            .context("starting caisson-vmm")?;
+        let (reader, console_writer) = std::io::pipe()?;
+        let (lines, console) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if lines.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let transcript = Vec::new();
+        Ok(Self {
+            child,
+            client: Client::new(ours),
+            console,
+            transcript,
+            console_writer: console_writer.into(),
+        })
+    }
+
+    /// Starts a process, makes the machine and boots it.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn boot(mut config: MachineConfig) -> Result<Self> {
+        let mut vmm = Self::start()?;
+        config.console.output = Some(FileSource::Descriptor(0));
+        let console = vmm.console_writer.try_clone()?;
+        vmm.client.create(config, &[console.as_fd()])?;
+        vmm.client.boot()?;
+        Ok(vmm)
+    }
+
+    /// Starts a process and restores a machine in it, paused.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn restore(mut command: RestoreCommand) -> Result<Self> {
+        let mut vmm = Self::start()?;
+        command.console.output = Some(FileSource::Descriptor(0));
+        let console = vmm.console_writer.try_clone()?;
+        vmm.client.restore(command, &[console.as_fd()])?;
+        Ok(vmm)
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line with `text` on the console and returns it.
+    ///
+    /// # Errors
+    /// When it does not come in time; the error has the console's last lines.
+    pub fn expect(&mut self, text: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.console.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    self.transcript.push(line.clone());
+                    if line.contains(text) {
+                        return Ok(line);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => bail!("no {text:?} on the console:\n{}", self.tail()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("console closed before {text:?}:\n{}", self.tail())
+                }
+            }
+        }
+    }
+
+    fn tail(&self) -> String {
+        let from = self.transcript.len().saturating_sub(40);
+        self.transcript.get(from..).unwrap_or_default().join("\n")
+    }
+
+    /// Waits until the process has ended.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bail!("caisson-vmm did not end; console:\n{}", self.tail())
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs `caisson-vmm` with a machine file's text and returns its exit code and standard error.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn run_machine_file(text: &str, directory: &Path) -> Result<(i32, String)> {
+    let path = directory.join("machine.toml");
+    std::fs::write(&path, text)?;
+    let output = Command::new("timeout")
+        .arg("60")
+        .arg(Product::Vmm.path()?)
+        .arg("--config")
+        .arg(&path)
+        .stdin(Stdio::null())
+        .output()?;
+    let code = output.status.code().context("killed by a signal")?;
+    ensure!(code != 124, "still running");
+    Ok((code, String::from_utf8_lossy(&output.stderr).into_owned()))
+}

@@ -1,0 +1,194 @@
+//! The machine: boot, ends, bad input, hotplug, processors, memory.
+
+use std::{fs::File, os::fd::AsFd};
+
+use anyhow::{Result, ensure};
+use caisson_e2e::{
+    node::Product,
+    vmm::{Vmm, Workshop, run_machine_file},
+};
+use caisson_vmm::{
+    config::{BlockDevice, DeviceConfig, FileSource},
+    control::protocol::Resize,
+    machine::ExitReason,
+};
+
+#[test]
+fn boots_to_user_space_and_reports_the_guests_reset() -> Result<()> {
+    let workshop = Workshop::new("echo up: $(nproc) processor, $(cat /proc/uptime)")?;
+    let mut vmm = Vmm::boot(workshop.config("")?)?;
+    vmm.expect("up: 1 processor")?;
+    ensure!(vmm.client.wait()? == ExitReason::TripleFault);
+    let status = vmm.wait()?;
+    ensure!(status.code() == Some(12), "{status}");
+    Ok(())
+}
+
+#[test]
+fn boots_by_pvh_too() -> Result<()> {
+    let workshop = Workshop::new("echo up")?;
+    let mut vmm = Vmm::boot(workshop.config("kernel.protocol = 'pvh'\n")?)?;
+    vmm.expect("up")?;
+    Ok(())
+}
+
+#[test]
+fn ends_when_told_to() -> Result<()> {
+    let workshop = Workshop::new("echo up; sleep 1000")?;
+    let mut vmm = Vmm::boot(workshop.config("")?)?;
+    vmm.expect("up")?;
+    vmm.client.shutdown()?;
+    ensure!(vmm.wait()?.success());
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_one_line_and_leaves_nothing() -> Result<()> {
+    let workshop = Workshop::new("")?;
+    let kernel = Product::Kernel.path()?;
+    let directory = tempfile::tempdir()?;
+    let text_file = workshop.disk("text", "this is no kernel", 4096)?;
+    let used = directory.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&used)?;
+    let good = format!("kernel.image = {kernel:?}\nmemory.size_mib = 64\n");
+    for (machine, says) in [
+        (
+            "kernel.image = '/nonexistent'\nmemory.size_mib = 64\n".to_owned(),
+            "kernel.image: opening /nonexistent",
+        ),
+        (format!("kernel.image = {text_file:?}\nmemory.size_mib = 64\n"), "neither"),
+        (format!("kernel.image = {kernel:?}\nmemory.size_mib = 0\n"), "memory.size_mib"),
+        (format!("{good}cpus.max = 255\n"), "cpus.max"),
+        (format!("{good}cpus.boot = 9\ncpus.max = 4\n"), "cpus.boot"),
+        (format!("{good}[[devices]]\nblock.files = ['/nonexistent']\n"), "devices[0].block.files[0]"),
+        (format!("{good}control.socket = {used:?}\n"), "control.socket"),
+        (format!("{good}colour = 'blue'\n"), "colour"),
+        (format!("kernel.image = {kernel:?}\nmemory.size_mib = 16\n"), "loading the kernel into 16 MiB"),
+    ] {
+        let (code, stderr) = run_machine_file(&machine, directory.path())?;
+        ensure!(code == 1, "{says}: exit code {code}: {stderr}");
+        ensure!(stderr.lines().count() == 1 && stderr.contains(says), "{says}: {stderr}");
+    }
+    let left: Vec<_> =
+        std::fs::read_dir(directory.path())?.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(left.len() == 2, "left behind: {left:?}");
+    Ok(())
+}
+
+/// The guest binds the slot's driver until that works, reads the disk, and unbinds it.
+const HOTPLUG_GUEST: &str = "
+driver=/sys/bus/platform/drivers/virtio-mmio
+n=0
+echo ready
+while [ $n -lt 100 ]; do
+    while ! echo virtio-mmio.2 > $driver/bind 2>/dev/null; do usleep 2000; done
+    disk=$(ls /sys/block | grep vd)
+    echo \"round $n: $(head -n 1 /dev/$disk)\"
+    echo virtio-mmio.2 > $driver/unbind
+    ls /sys/block | grep -q vd && echo still there
+    echo \"released $n\"
+    n=$((n + 1))
+done
+dmesg | grep -iE 'wrong magic|error|warn' | grep virtio
+echo finished
+sleep 1000
+";
+
+#[test]
+fn a_slot_is_filled_and_emptied_a_hundred_times() -> Result<()> {
+    let workshop = Workshop::new(HOTPLUG_GUEST)?;
+    let mut vmm = Vmm::boot(workshop.config("slots = 4\n")?)?;
+    vmm.expect("ready")?;
+    for round in 0..100 {
+        let path = workshop.disk("disk", &format!("content {round}\n"), 1 << 20)?;
+        let file = File::options().read(true).write(true).open(path)?;
+        let disk = BlockDevice { files: vec![FileSource::Descriptor(0)], options: Default::default() };
+        let (slot, name) = vmm.client.plug(Some(2), DeviceConfig::Block(disk), &[file.as_fd()])?;
+        ensure!((slot, name.as_str()) == (2, "virtio-mmio.2"));
+        let line = vmm.expect(&format!("round {round}:"))?;
+        ensure!(line.contains(&format!("content {round}")), "{line}");
+        vmm.expect(&format!("released {round}"))?;
+        vmm.client.unplug(2, false)?;
+    }
+    vmm.expect("finished")?;
+    let noise: Vec<_> = vmm
+        .transcript
+        .iter()
+        .filter(|line| line.contains("virtio") || line.contains("still there"))
+        .collect();
+    ensure!(noise.is_empty(), "{noise:?}");
+    Ok(())
+}
+
+#[test]
+fn a_bound_device_is_not_taken_away_unasked() -> Result<()> {
+    let workshop = Workshop::new("head -n 1 /dev/vda; sleep 1000")?;
+    let disk = workshop.disk("disk", "on the disk\n", 1 << 20)?;
+    let mut vmm = Vmm::boot(workshop.config(&format!("[[devices]]\nblock.files = [{disk:?}]\n"))?)?;
+    vmm.expect("on the disk")?;
+    ensure!(vmm.client.unplug(0, false).is_err());
+    ensure!(vmm.client.unplug(3, false).is_err());
+    vmm.client.unplug(0, true)?;
+    let disk = BlockDevice { files: vec![FileSource::Descriptor(0)], options: Default::default() };
+    ensure!(vmm.client.plug(Some(200), DeviceConfig::Block(disk), &[]).is_err());
+    vmm.client.metrics()?;
+    Ok(())
+}
+
+#[test]
+fn processors_are_added_when_asked_for() -> Result<()> {
+    let script = "
+        echo ready: $(cat /sys/devices/system/cpu/present) $(cat /sys/devices/system/cpu/online)
+        for cpu in 1 2 3; do
+            echo 1 > /sys/devices/system/cpu/cpu$cpu/online && echo online: $(cat /sys/devices/system/cpu/online)
+        done
+        for cpu in 0 1 2 3; do taskset -p $((1 << cpu)) $$ > /dev/null; echo on cpu $cpu; done
+        echo 0 > /sys/devices/system/cpu/cpu2/online; echo then: $(cat /sys/devices/system/cpu/online)
+        echo 1 > /sys/devices/system/cpu/cpu2/online; echo again: $(cat /sys/devices/system/cpu/online)
+        sleep 1000";
+    let workshop = Workshop::new(&format!("sleep 1\n{script}"))?;
+    let mut vmm = Vmm::boot(workshop.config("cpus.max = 4\n")?)?;
+    ensure!(vmm.client.resize(Resize { cpus: Some(5), ..Resize::default() }).is_err());
+    vmm.client.resize(Resize { cpus: Some(4), ..Resize::default() })?;
+    vmm.expect("ready: 0-3 0")?;
+    vmm.expect("online: 0-3")?;
+    vmm.expect("on cpu 3")?;
+    vmm.expect("then: 0-1,3")?;
+    vmm.expect("again: 0-3")?;
+    Ok(())
+}
+
+#[test]
+fn memory_is_plugged_and_unplugged() -> Result<()> {
+    let script = "
+        echo ready
+        wait_for() { while ! [ $(awk '/MemTotal/ {print $2}' /proc/meminfo) $1 $2 ]; do usleep 50000; done; }
+        wait_for -gt 300000; echo grown
+        wait_for -lt 200000; echo shrunk
+        sleep 1000";
+    let workshop = Workshop::new(script)?;
+    let config = workshop.config("memory.hotplug_mib = 512\n")?;
+    let mut vmm = Vmm::boot(config)?;
+    vmm.expect("ready")?;
+    vmm.client.resize(Resize { plugged_mib: Some(256), ..Resize::default() })?;
+    vmm.expect("grown")?;
+    vmm.client.resize(Resize { plugged_mib: Some(0), ..Resize::default() })?;
+    vmm.expect("shrunk")?;
+    Ok(())
+}
+
+#[test]
+fn a_paused_machine_stands_still_and_goes_on() -> Result<()> {
+    let workshop = Workshop::new("n=0; while true; do echo tick $n; n=$((n + 1)); usleep 100000; done")?;
+    let mut vmm = Vmm::boot(workshop.config("")?)?;
+    for _ in 0..5 {
+        vmm.expect("tick")?;
+        vmm.client.pause()?;
+        vmm.client.pause()?;
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        vmm.client.resume()?;
+        vmm.client.resume()?;
+    }
+    vmm.expect("tick")?;
+    Ok(())
+}

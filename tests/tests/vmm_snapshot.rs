@@ -1,0 +1,129 @@
+//! Saving a machine and going on from what was saved.
+
+use std::{fs::File, os::fd::AsFd, path::Path};
+
+use anyhow::{Result, ensure};
+use caisson_e2e::vmm::{Vmm, Workshop};
+use caisson_vmm::{
+    config::{BlockDevice, DeviceConfig, FileSource},
+    control::protocol::{RestoreCommand, RestoredDevice},
+};
+
+const COUNTING: &str = "
+    secret=$(cat /proc/sys/kernel/random/uuid)
+    n=0
+    while true; do echo \"tick $n of $secret\"; n=$((n + 1)); usleep 100000; done";
+
+fn save(vmm: &mut Vmm, state: &Path, memory: &Path) -> Result<()> {
+    vmm.client.pause()?;
+    let (state, memory) = (File::create(state)?, File::create(memory)?);
+    vmm.client.snapshot(state.as_fd(), memory.as_fd())?;
+    Ok(())
+}
+
+fn command(state: &Path, memory: &Path, devices: Vec<RestoredDevice>) -> RestoreCommand {
+    RestoreCommand {
+        state: FileSource::Path(state.into()),
+        memory: FileSource::Path(memory.into()),
+        console: Default::default(),
+        devices,
+    }
+}
+
+/// "tick N of SECRET" as (N, SECRET).
+fn tick(line: &str) -> Result<(u32, String)> {
+    let mut words = line.split_whitespace().skip(1);
+    let count = words.next().unwrap_or_default().parse()?;
+    Ok((count, words.nth(1).unwrap_or_default().to_owned()))
+}
+
+#[test]
+fn any_number_of_machines_go_on_where_one_was_saved() -> Result<()> {
+    let workshop = Workshop::new(COUNTING)?;
+    let mut vmm = Vmm::boot(workshop.config("cpus.boot = 2\ncpus.max = 2\n[[devices]]\nrng = {}\n")?)?;
+    vmm.expect("tick 3 of")?;
+    let (state, memory) = (workshop.path("state"), workshop.path("memory"));
+    save(&mut vmm, &state, &memory)?;
+    vmm.client.resume()?;
+    let (saved_at, secret) = tick(&vmm.expect("tick")?)?;
+    // The saved machine itself goes on as well.
+    vmm.expect(&format!("tick {}", saved_at + 3))?;
+
+    for _ in 0..3 {
+        let mut copy = Vmm::restore(command(&state, &memory, Vec::new()))?;
+        copy.client.resume()?;
+        let (count, same) = tick(&copy.expect("tick")?)?;
+        ensure!(
+            same == secret && count <= saved_at + 1,
+            "{count} of {same}, saved at {saved_at} of {secret}"
+        );
+        copy.expect(&format!("tick {}", count + 5))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_disk_is_found_again_and_a_template_takes_a_new_one() -> Result<()> {
+    let script = "
+        echo ready
+        while ! echo virtio-mmio.1 > /sys/bus/platform/drivers/virtio-mmio/bind 2>/dev/null; do usleep 20000; done
+        echo first: $(head -n 1 /dev/vda) second: $(head -n 1 /dev/vdb)
+        dd if=/dev/vda of=/dev/null bs=64k iflag=direct && echo all read
+        sleep 1000";
+    let workshop = Workshop::new(script)?;
+    let first = workshop.disk("first", "one\n", 4 << 20)?;
+    let second = workshop.disk("second", "two\n", 1 << 20)?;
+    let block = |path: &Path| {
+        DeviceConfig::Block(BlockDevice {
+            files: vec![FileSource::Path(path.into())],
+            options: Default::default(),
+        })
+    };
+    let mut config = workshop.config("slots = 3\n")?;
+    config.devices.push(block(&first));
+    let mut vmm = Vmm::boot(config)?;
+    vmm.expect("ready")?;
+    let (state, memory) = (workshop.path("state"), workshop.path("memory"));
+    save(&mut vmm, &state, &memory)?;
+    drop(vmm);
+
+    let devices = vec![RestoredDevice { slot: 0, device: block(&first) }];
+    let mut copy = Vmm::restore(command(&state, &memory, devices))?;
+    copy.client.resume()?;
+    copy.client.plug(Some(1), block(&second), &[])?;
+    copy.expect("first: one second: two")?;
+    copy.expect("all read")?;
+    Ok(())
+}
+
+#[test]
+fn what_is_not_a_whole_snapshot_is_refused() -> Result<()> {
+    let workshop = Workshop::new(COUNTING)?;
+    let mut vmm = Vmm::boot(workshop.config("")?)?;
+    vmm.expect("tick")?;
+    let (state, memory) = (workshop.path("state"), workshop.path("memory"));
+    let running = vmm.client.snapshot(File::create(&state)?.as_fd(), File::create(&memory)?.as_fd());
+    ensure!(running.is_err());
+    save(&mut vmm, &state, &memory)?;
+    let good = std::fs::read(&state)?;
+    let mut flipped = good.clone();
+    flipped[100] ^= 1;
+    let mut newer = good.clone();
+    newer[8] = 9;
+    for (bytes, says) in [
+        (&good[..good.len() - 1], "truncated"),
+        (&good[..10], "not a snapshot"),
+        (b"something else entirely".as_slice(), "not a snapshot"),
+        (&flipped, "damaged"),
+        (&newer, "version 9"),
+    ] {
+        std::fs::write(&state, bytes)?;
+        let error = Vmm::restore(command(&state, &memory, Vec::new())).err().map(|error| error.to_string());
+        ensure!(error.as_deref().is_some_and(|error| error.contains(says)), "{says}: {error:?}");
+    }
+    std::fs::write(&state, &good)?;
+    File::options().write(true).open(&memory)?.set_len(1 << 20)?;
+    let error = Vmm::restore(command(&state, &memory, Vec::new())).err().map(|error| error.to_string());
+    ensure!(error.as_deref().is_some_and(|error| error.contains("memory file")), "{error:?}");
+    Ok(())
+}
