@@ -5,6 +5,10 @@
 //! | [`kernel`] | the guest kernel, from Debian's sources and `guest-kernel-config/` |
 //! | [`initramfs`] | cpio archives; the guest's initramfs, which is the agent |
 //! | [`testbed`] | an emulated machine with KVM and containerd: build, boot, run a command in it |
+//! | [`products`] | our own binaries, built for release |
+//! | [`test`](mod@test) | every check and test, in order, with a summary |
+//! | [`demo`] | what a newcomer runs first |
+//! | [`steps`] | a run of several steps, and where its time went |
 //! | [`host`] | where the workspace, the target directory and the cache are |
 //! | [`cache`] | entries named by the hash of what they are made from, atomic and safe against being killed |
 //! | [`apt`] | the host's missing packages, and packages of other suites without touching the host |
@@ -12,10 +16,14 @@
 
 mod apt;
 mod cache;
+mod demo;
 mod host;
 mod initramfs;
 mod kernel;
 mod proc;
+mod products;
+mod steps;
+mod test;
 mod testbed;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -42,6 +50,10 @@ enum Task {
         /// The agent; `cargo xtask test` builds it by itself.
         agent: PathBuf,
     },
+    /// Check, build and test everything, on this host and in the testbed.
+    Test(test::TestArgs),
+    /// Show what the project does so far.
+    Demo(demo::DemoArgs),
     /// An emulated machine with a real KVM and containerd.
     #[command(subcommand)]
     Testbed(testbed::TestbedCommand),
@@ -53,6 +65,8 @@ fn main() -> Result<ExitCode> {
     match arguments.command {
         Task::Kernel(args) => kernel::report(&kernel::build(&host, args)?)?,
         Task::Initramfs { agent } => println!("{}", initramfs::build(&host, &agent)?.display()),
+        Task::Test(args) => return test::run(&host, &args),
+        Task::Demo(args) => return demo::run(&host, &args),
         Task::Testbed(command) => return testbed::run(&host, command),
     }
     Ok(ExitCode::SUCCESS)

@@ -251,4 +251,44 @@ mod tests {
         let status = wait_until(&mut child, Instant::now() + Duration::from_millis(50)).unwrap();
         assert!(!status.success());
     }
+
+    /// Tells this test binary, started again by the test below, to be the xtask that is killed.
+    const KILLED: &str = "XTASK_TEST_KILLED";
+
+    #[test]
+    fn nothing_survives_a_killed_xtask() {
+        if let Ok(seconds) = std::env::var(KILLED) {
+            // A tool that starts another, as make does.
+            let script = format!("sleep {seconds} & sleep {seconds}; true");
+            run(contained("sh").args(["-c", &script])).unwrap();
+            return;
+        }
+        // So many seconds that no other process sleeps for the same.
+        let seconds = format!("{}", 1_000_000 + std::process::id());
+        let mut xtask = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "proc::tests::nothing_survives_a_killed_xtask", "--nocapture"])
+            .env(KILLED, &seconds)
+            .spawn()
+            .unwrap();
+        eventually("the tools run", || sleepers(&seconds) >= 2);
+        xtask.kill().unwrap();
+        xtask.wait().unwrap();
+        eventually("the tools are gone", || sleepers(&seconds) == 0);
+    }
+
+    fn sleepers(seconds: &str) -> usize {
+        let wanted = format!("sleep\0{seconds}\0");
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter(|entry| std::fs::read_to_string(entry.path().join("cmdline")).is_ok_and(|c| c == wanted))
+            .count()
+    }
+
+    fn eventually(what: &str, holds: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !holds() {
+            assert!(Instant::now() < deadline, "not in 10 s: {what}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
 }

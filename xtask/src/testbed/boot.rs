@@ -23,9 +23,10 @@ const SCRATCH_SIZE: u64 = 32 << 30;
 /// A processor with SVM that QEMU can emulate; what it can't is switched off so that it does not warn of it.
 const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec";
 
-/// The kernel's command line. The clock needs no watchdog and the emulated processor no mitigations.
+/// The kernel's command line. The clock needs no watchdog and the emulated processor no mitigations. The kernel boots on
+/// one processor, since most of its patching of itself happens then; init.sh starts the others.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr tsc=nowatchdog clocksource=tsc \
-                       random.trust_cpu=on apparmor=0";
+                       random.trust_cpu=on apparmor=0 maxcpus=1";
 
 /// A directory of the host that the machine sees.
 #[derive(Clone, Debug)]
@@ -79,7 +80,7 @@ impl Machine {
     /// Starts QEMU and waits until the machine is set up. One that does not get there within `limit` is ended.
     ///
     /// # Errors
-    /// When QEMU can't be started, or the machine ends or hangs while it boots: [`Hung`] then.
+    /// When QEMU can't be started, or the machine ends or hangs while it boots: [`BootFailed`] then.
     pub(crate) fn boot(
         host: &Host,
         bed: &Testbed,
@@ -136,9 +137,12 @@ impl Machine {
                 Ok(())
             }
             Ok(event) => bail!("the testbed said {event:?} before it was ready"),
-            Err(RecvTimeoutError::Timeout) => Err(Hung { limit, console: self.console_tail() }.into()),
+            Err(RecvTimeoutError::Timeout) => {
+                let what = format!("was not up within {}", proc::clock(limit));
+                Err(BootFailed { what, console: self.console_tail() }.into())
+            }
             Err(RecvTimeoutError::Disconnected) => {
-                bail!("the testbed ended while it booted:\n{}", self.console_tail())
+                Err(BootFailed { what: "ended".to_owned(), console: self.console_tail() }.into())
             }
         }
     }
@@ -189,20 +193,21 @@ impl Drop for Machine {
     }
 }
 
-/// A boot that did not reach user space in time. Emulated multiprocessors do that now and then; it is tried again.
+/// A boot that hung or crashed. Emulated multiprocessors do that now and then (a processor may miss that another has
+/// patched the code it runs); it is tried again.
 #[derive(Debug)]
-pub(crate) struct Hung {
-    limit: Duration,
+pub(crate) struct BootFailed {
+    what: String,
     console: String,
 }
 
-impl std::fmt::Display for Hung {
+impl std::fmt::Display for BootFailed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the testbed did not boot within {}; {}", proc::clock(self.limit), self.console)
+        write!(f, "the booting testbed {}; {}", self.what, self.console)
     }
 }
 
-impl std::error::Error for Hung {}
+impl std::error::Error for BootFailed {}
 
 /// A command that did not end in time.
 #[derive(Debug)]
@@ -283,7 +288,7 @@ fn listen(control: UnixStream) -> Receiver<Event> {
     events
 }
 
-/// Boots a machine; a boot that hangs is tried again with twice the time, three times in all.
+/// Boots a machine; a boot that hangs or crashes is tried again with twice the time, three times in all.
 ///
 /// # Errors
 /// When the machine can't be booted.
@@ -304,7 +309,7 @@ pub(crate) fn boot(
                 eprintln!("==> testbed booted in {}", proc::clock(started.elapsed()));
                 return Ok(machine);
             }
-            Err(error) if error.is::<Hung>() && attempt < 2 => {
+            Err(error) if error.is::<BootFailed>() && attempt < 2 => {
                 eprintln!("==> {error}\n==> trying again");
                 attempt += 1;
             }

@@ -100,6 +100,22 @@ pub(crate) fn shell(host: &Host, args: &MachineArgs) -> Result<ExitCode> {
     Ok(ExitCode::from(code?))
 }
 
+/// The path by which a file of the host is seen in the testbed.
+///
+/// # Errors
+/// When it is in none of the shared directories.
+pub(crate) fn inside(host: &Host, path: &Path) -> Result<PathBuf> {
+    let shares = shares(host);
+    // The target directory is usually below the workspace: the longest prefix is the nearest share.
+    let nearest = shares
+        .iter()
+        .filter_map(|share| Some((share, path.strip_prefix(&share.host).ok()?)))
+        .max_by_key(|(share, _)| share.host.as_os_str().len());
+    let (share, rest) =
+        nearest.with_context(|| format!("{} is not shared with the testbed", path.display()))?;
+    Ok(Path::new("/").join(&share.tag).join(rest))
+}
+
 fn shares(host: &Host) -> Vec<Share> {
     let share =
         |tag: &str, path: &Path| Share { tag: tag.to_owned(), host: path.to_owned(), writable: false };

@@ -80,6 +80,12 @@ pub(crate) struct MachineArgs {
 }
 
 impl MachineArgs {
+    /// The machine that a variant's tests run on.
+    pub(crate) fn of(variant: Variant) -> Self {
+        let (memory, append) = ("4G".to_owned(), None);
+        Self { variant, cpus: 2, memory, icount: false, append, boot_timeout: 60 }
+    }
+
     fn boot_limit(&self, attempt: u32) -> Duration {
         Duration::from_secs(self.boot_timeout.saturating_mul(1 << attempt))
     }

@@ -34,6 +34,9 @@ done
 
 modprobe -a kvm_amd overlay 9pnet_virtio 9p vhost_vsock vhost_net tun veth bridge br_netfilter nf_tables loop ||
     say 'some modules are missing'
+for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do
+    [ -e "$cpu" ] && echo 1 >"$cpu"
+done
 ip link set lo up
 hostname testbed
 echo 1 >/proc/sys/net/ipv4/ip_forward

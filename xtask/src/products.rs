@@ -1,0 +1,71 @@
+//! What the tests and the demo run: our binaries, built for release and gathered in one directory.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    host::{Host, cargo},
+    proc,
+};
+
+/// The target that makes a static binary possible beside build scripts that are not.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The directory that [`build`] fills.
+pub(crate) fn directory(host: &Host) -> PathBuf {
+    host.target.join("xtask/bin")
+}
+
+/// Builds every binary of ours that the workspace has, and returns the directory that they are in.
+///
+/// # Errors
+/// When one does not build.
+pub(crate) fn build(host: &Host) -> Result<PathBuf> {
+    let output = directory(host);
+    fs::create_dir_all(&output).context("creating the directory of products")?;
+    for (package, binary) in [
+        ("caisson-vmm", "caisson-vmm"),
+        ("caisson-shim", "containerd-shim-caisson-v2"),
+        ("caisson-cli", "caisson"),
+    ] {
+        if has_package(host, package)? {
+            proc::run(
+                cargo().args(["build", "--release", "--package", package]).current_dir(&host.workspace),
+            )?;
+            keep(&host.products("release").join(binary), &output)?;
+        }
+    }
+    keep(&agent(host)?, &output)?;
+    Ok(output)
+}
+
+/// Builds the agent, statically: the guest has no C library but the containers' own.
+fn agent(host: &Host) -> Result<PathBuf> {
+    let mut build = cargo();
+    build.args(["build", "--profile", "agent", "--package", "caisson-agent", "--target", TARGET]);
+    build.env("RUSTFLAGS", "-C target-feature=+crt-static").current_dir(&host.workspace);
+    proc::run(&mut build)?;
+    Ok(host.target.join(TARGET).join("agent/caisson-agent"))
+}
+
+/// Copies a file into a directory, whole or not at all.
+pub(crate) fn keep(file: &Path, directory: &Path) -> Result<()> {
+    let target = directory.join(file.file_name().context("a product has no name")?);
+    let part = target.with_extension("part");
+    fs::copy(file, &part).with_context(|| format!("copying {}", file.display()))?;
+    fs::rename(&part, &target).with_context(|| format!("writing {}", target.display()))
+}
+
+fn has_package(host: &Host, package: &str) -> Result<bool> {
+    let mut metadata = cargo();
+    metadata.args(["metadata", "--no-deps", "--format-version=1"]).current_dir(&host.workspace);
+    let metadata: serde_json::Value =
+        serde_json::from_str(&proc::output(&mut metadata)?).context("parsing cargo's metadata")?;
+    let packages = metadata.get("packages").and_then(|packages| packages.as_array());
+    let mut names = packages.into_iter().flatten().filter_map(|package| package.get("name")?.as_str());
+    Ok(names.any(|name| name == package))
+}

@@ -1,0 +1,200 @@
+//! `cargo xtask test`: everything that must hold before a change is merged.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use crate::{
+    host::{Host, cargo},
+    initramfs,
+    kernel::{self, KernelArgs},
+    proc, products,
+    steps::Steps,
+    testbed::{MachineArgs, Variant, exec},
+};
+
+/// How long one variant's whole-system tests may take, in seconds.
+const E2E_LIMIT: u64 = 40 * 60;
+
+/// The same for the soaks.
+const SOAK_LIMIT: u64 = 12 * 3600;
+
+/// Options of `cargo xtask test`. Without any, everything runs but the soaks.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct TestArgs {
+    /// Only the checks and unit tests on this host.
+    #[arg(long, conflicts_with = "e2e")]
+    unit: bool,
+    /// Only the whole-system tests.
+    #[arg(long)]
+    e2e: bool,
+    /// Whole-system tests on this variant of the testbed only.
+    #[arg(long)]
+    variant: Option<Variant>,
+    /// Run the whole-system tests on this host, whose KVM must have hardware virtualization.
+    #[arg(long, conflicts_with = "variant")]
+    direct: bool,
+    /// Only the tests that this nextest filter selects.
+    #[arg(short = 'E', long = "filter", value_name = "FILTER")]
+    filter: Option<String>,
+    /// The long soaks (whole-system tests marked `#[ignore]`) instead of all others.
+    #[arg(long)]
+    soak: bool,
+    /// The directory with the container images as OCI archives, below the target or cache directory.
+    #[arg(long, env = "CAISSON_IMAGES")]
+    images: Option<PathBuf>,
+}
+
+/// Runs the tests and prints where the time went.
+///
+/// # Errors
+/// When something did not pass.
+pub(crate) fn run(host: &Host, args: &TestArgs) -> Result<ExitCode> {
+    let mut steps = Steps::default();
+    steps.run("tools", require_nextest);
+    if !args.e2e && !args.soak {
+        checks(host, args, &mut steps);
+    }
+    if !args.unit
+        && let Some(parts) = build(host, args, &mut steps)
+    {
+        if args.direct {
+            steps.run("e2e on this host", || end_to_end(host, args, &parts, None));
+        }
+        let variants =
+            Variant::ALL.into_iter().filter(|each| args.variant.is_none_or(|wanted| wanted == *each));
+        for variant in variants.filter(|_| !args.direct) {
+            let name = format!("e2e in the testbed ({})", variant.name());
+            steps.run(&name, || end_to_end(host, args, &parts, Some(variant)));
+        }
+    }
+    steps.finish()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn checks(host: &Host, args: &TestArgs, steps: &mut Steps) {
+    let here = |command: &mut Command| proc::run(command.current_dir(&host.workspace));
+    steps.run("format", || here(cargo().args(["fmt", "--all", "--check"])));
+    steps.run("clippy", || {
+        here(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "--deny", "warnings"]))
+    });
+    steps.run("unit tests", || {
+        let mut nextest = cargo();
+        nextest.args(["nextest", "run", "--workspace", "--exclude", "caisson-e2e", "--no-fail-fast"]);
+        if let Some(filter) = &args.filter {
+            nextest.args(["-E", filter, "--no-tests", "pass"]);
+        }
+        here(&mut nextest)
+    });
+}
+
+/// What the whole-system tests need, by its path on this host.
+struct Parts {
+    products: PathBuf,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    images: PathBuf,
+    archive: PathBuf,
+}
+
+fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<Parts> {
+    let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
+    let images = steps.run("images", || images(args))?;
+    let products = steps.run("release builds", || products::build(host))?;
+    let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
+    let archive = steps.run("building the whole-system tests", || archive(host, &products))?;
+    Some(Parts { products, kernel, initramfs, images, archive })
+}
+
+fn images(args: &TestArgs) -> Result<PathBuf> {
+    let directory = args.images.as_ref().context("no images: name their directory by --images")?;
+    ensure!(directory.join("busybox.tar").exists(), "{} has no busybox.tar", directory.display());
+    directory.canonicalize().with_context(|| format!("finding {}", directory.display()))
+}
+
+/// Packs the tests, and puts their runners beside our binaries.
+fn archive(host: &Host, products: &Path) -> Result<PathBuf> {
+    let archive = host.target.join("xtask/e2e.tar.zst");
+    let mut pack = cargo();
+    pack.args(["nextest", "archive", "--package", "caisson-e2e", "--archive-file"]).arg(&archive);
+    proc::run(pack.current_dir(&host.workspace))?;
+    let mut runner = cargo();
+    runner.args(["build", "--package", "caisson-e2e", "--bin", "e2e-runner"]);
+    proc::run(runner.current_dir(&host.workspace))?;
+    products::keep(&host.products("debug").join("e2e-runner"), products)?;
+    products::keep(&nextest().context("cargo-nextest is not there any more")?, products)?;
+    Ok(archive)
+}
+
+/// Runs the packed tests in the testbed, or on this host.
+fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Variant>) -> Result<()> {
+    let there = |path: &Path| -> Result<String> {
+        let path = if variant.is_some() { exec::inside(host, path)? } else { path.to_owned() };
+        Ok(path.to_string_lossy().into_owned())
+    };
+    let mut env = Vec::new();
+    for (name, path) in [
+        ("CAISSON_BIN", &parts.products),
+        ("CAISSON_KERNEL", &parts.kernel),
+        ("CAISSON_INITRAMFS", &parts.initramfs),
+        ("CAISSON_IMAGES", &parts.images),
+    ] {
+        env.push(format!("{name}={}", there(path)?));
+    }
+    let scratch = host.cache.scratch()?;
+    let state = if variant.is_some() { PathBuf::from("/scratch") } else { scratch.path().to_owned() };
+    env.push(format!("TMPDIR={}", state.join("tmp").display()));
+
+    // The emulated machine's own file systems are made anew at each boot, so the directory is made there.
+    let mut command: Vec<String> =
+        ["sh", "-c", "mkdir -p \"$TMPDIR\" && exec \"$@\"", "sh"].map(str::to_owned).into();
+    command.push(there(&parts.products.join("e2e-runner"))?);
+    command.push(format!("--state={}", state.join("e2e").display()));
+    command.push(there(&parts.products.join("cargo-nextest"))?);
+    command
+        .extend(["nextest", "run", "--no-fail-fast", "--profile=e2e", "--archive-file"].map(str::to_owned));
+    command.push(there(&parts.archive)?);
+    command.push(format!("--workspace-remap={}", there(&host.workspace)?));
+    if let Some(filter) = &args.filter {
+        command.extend(["-E", filter, "--no-tests", "pass"].map(str::to_owned));
+    }
+    if args.soak {
+        command.extend(["--profile=soak", "--run-ignored=only"].map(str::to_owned));
+        command.retain(|word| word != "--profile=e2e");
+    }
+    let limit = if args.soak { SOAK_LIMIT } else { E2E_LIMIT };
+    let request = exec::ExecArgs {
+        machine: MachineArgs::of(variant.unwrap_or_default()),
+        exchange: None,
+        env,
+        timeout: Some(limit),
+        direct: variant.is_none(),
+        command,
+    };
+    let code = exec::exec(host, &request)?;
+    ensure!(code == ExitCode::SUCCESS, "the whole-system tests failed");
+    Ok(())
+}
+
+/// Makes sure that nextest is there.
+fn require_nextest() -> Result<()> {
+    if nextest().is_some() {
+        return Ok(());
+    }
+    eprintln!("==> cargo install cargo-nextest --locked");
+    proc::run(cargo().args(["install", "cargo-nextest", "--locked"]))
+}
+
+/// Where `cargo-nextest` is.
+fn nextest() -> Option<PathBuf> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));
+    let search = env::var_os("PATH").unwrap_or_default();
+    let candidates = env::split_paths(&search).chain(home.map(|home| home.join("bin")));
+    candidates.map(|directory| directory.join("cargo-nextest")).find(|path| fs::metadata(path).is_ok())
+}
