@@ -9,6 +9,7 @@
 //! | [`test`](mod@test) | every check and test, in order, with a summary |
 //! | [`demo`] | what a newcomer runs first |
 //! | [`steps`] | a run of several steps, and where its time went |
+//! | [`fuzz`] | the fuzz targets of `vmm/fuzz` |
 //! | [`host`] | where the workspace, the target directory and the cache are |
 //! | [`cache`] | entries named by the hash of what they are made from, atomic and safe against being killed |
 //! | [`apt`] | the host's missing packages, and packages of other suites without touching the host |
@@ -17,6 +18,7 @@
 mod apt;
 mod cache;
 mod demo;
+mod fuzz;
 mod host;
 mod initramfs;
 mod kernel;
@@ -54,6 +56,8 @@ enum Task {
     Test(test::TestArgs),
     /// Show what the project does so far.
     Demo(demo::DemoArgs),
+    /// Fuzz the VMM: every target, or those that are named.
+    Fuzz(fuzz::FuzzArgs),
     /// An emulated machine with a real KVM and containerd.
     #[command(subcommand)]
     Testbed(testbed::TestbedCommand),
@@ -67,6 +71,7 @@ fn main() -> Result<ExitCode> {
         Task::Initramfs { agent } => println!("{}", initramfs::build(&host, &agent)?.display()),
         Task::Test(args) => return test::run(&host, &args),
         Task::Demo(args) => return demo::run(&host, &args),
+        Task::Fuzz(args) => fuzz::run(&host, &args)?,
         Task::Testbed(command) => return testbed::run(&host, command),
     }
     Ok(ExitCode::SUCCESS)
