@@ -79,9 +79,7 @@ pub enum SeccompError {
 pub fn apply(thread: Thread, mode: Mode) -> Result<(), SeccompError> {
     let install = |source| SeccompError::Install { thread, source };
     if thread == Thread::Devices {
-        // The C library makes threads by clone3, whose flags are in memory, where no filter sees them. Without it,
-        // it falls back to clone. Both filters see a call, and the stricter answer wins: hence this one comes first.
-        apply_filter(&without_clone3(thread)?).map_err(install)?;
+        apply_filter(&refusals(thread)?).map_err(install)?;
     }
     apply_filter(&compile(thread, mode)?).map_err(install)
 }
@@ -89,7 +87,8 @@ pub fn apply(thread: Thread, mode: Mode) -> Result<(), SeccompError> {
 /// The system calls that a filter lets pass at all, by number, in order.
 #[must_use]
 pub fn allowed_calls(thread: Thread) -> Vec<i64> {
-    let mut numbers: Vec<_> = filters::of(thread).iter().map(|(number, _)| *number).collect();
+    let passes = |number: &i64| thread != Thread::Devices || !filters::REFUSED.contains(number);
+    let mut numbers: Vec<_> = filters::of(thread).iter().map(|(number, _)| *number).filter(passes).collect();
     numbers.sort_unstable();
     numbers.dedup();
     numbers
@@ -116,10 +115,10 @@ fn compile(thread: Thread, mode: Mode) -> Result<BpfProgram, SeccompError> {
     program(rules, otherwise, SeccompAction::Allow).map_err(error)
 }
 
-/// Lets everything pass but clone3, which "does not exist".
-fn without_clone3(thread: Thread) -> Result<BpfProgram, SeccompError> {
+/// Lets everything pass but what "does not exist".
+fn refusals(thread: Thread) -> Result<BpfProgram, SeccompError> {
     let no_such_call = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let rules = filters::REFUSED.iter().map(|number| (*number, Vec::new())).collect();
     program(rules, SeccompAction::Allow, no_such_call)
         .map_err(|source| SeccompError::Compile { thread, source })
 }

@@ -88,12 +88,20 @@ fn only_named_ioctls_pass() {
 }
 
 #[test]
-fn only_unix_sockets_are_made() {
-    // SAFETY: no pointers.
-    let socket = |family| unsafe { libc::socket(family, libc::SOCK_STREAM, 0) } >= 0;
-    assert!(survives(Thread::Devices, || socket(libc::AF_UNIX)));
-    for family in [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET, libc::AF_VSOCK] {
-        assert!(!survives(Thread::Devices, || socket(family)), "{family}");
+fn only_pairs_of_unix_sockets_are_made() {
+    let socketpair = |family| {
+        let mut pair = [0; 2];
+        // SAFETY: there is room for two descriptors.
+        unsafe { libc::socketpair(family, libc::SOCK_STREAM, 0, pair.as_mut_ptr()) >= 0 }
+    };
+    assert!(survives(Thread::Devices, || socketpair(libc::AF_UNIX)));
+    assert!(!survives(Thread::Devices, || socketpair(libc::AF_TIPC)));
+    for family in [libc::AF_UNIX, libc::AF_INET, libc::AF_NETLINK, libc::AF_PACKET, libc::AF_VSOCK] {
+        assert!(survives(Thread::Devices, || {
+            // SAFETY: no pointers.
+            let refused = unsafe { libc::socket(family, libc::SOCK_STREAM, 0) } < 0;
+            refused && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS)
+        }));
     }
 }
 

@@ -2,5 +2,6 @@
 
 mod driver;
 mod endings;
+mod filtered;
 mod hostile;
 mod streams;
