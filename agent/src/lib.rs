@@ -6,6 +6,7 @@
 //! - [`service`]: the gRPC services; thin layers over the modules below.
 //! - [`state`]: what they share; [`ring`]: numbered histories of events and log lines; [`log`].
 //! - [`guest`]: the guest as a machine: entropy, names, processors, memory, device slots; [`clock`]; [`metrics`].
+//! - [`network`]: the pod's interfaces, addresses, routes, neighbours; [`namespace`]: work in another namespace.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock.
 
@@ -16,6 +17,8 @@ pub mod guest;
 pub mod init;
 pub mod log;
 pub mod metrics;
+pub mod namespace;
+pub mod network;
 pub mod options;
 pub mod reaper;
 pub mod ring;
