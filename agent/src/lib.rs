@@ -7,6 +7,7 @@
 //! - [`state`]: what they share; [`ring`]: numbered histories of events and log lines; [`log`].
 //! - [`guest`]: the guest as a machine: entropy, names, processors, memory, device slots; [`clock`]; [`metrics`].
 //! - [`network`]: the pod's interfaces, addresses, routes, neighbours; [`namespace`]: work in another namespace.
+//! - [`storage`]: file systems that the host names.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock.
 
@@ -24,4 +25,5 @@ pub mod reaper;
 pub mod ring;
 pub mod service;
 pub mod state;
+pub mod storage;
 pub mod streams;

@@ -1,0 +1,251 @@
+//! File systems that the host names: virtio-fs shares, disks, tmpfs, and overlays of them.
+
+mod device;
+mod mount;
+mod tree;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use caisson_protocol::limits::{MAX_ID, MAX_STORAGES};
+use caisson_protocol::v1::{Storage, StorageInfo, TreeEntry, storage::Source};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+use thiserror::Error;
+
+use crate::guest::GuestError;
+use crate::state::lock;
+
+/// Why a storage can not be had, or not be taken away.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StorageError {
+    /// A field is malformed.
+    #[error("{field}: {value:?} is not valid")]
+    Invalid {
+        /// Which field.
+        field: &'static str,
+        /// What it was.
+        value: String,
+    },
+    /// The id is taken.
+    #[error("storage {0} exists")]
+    Exists(String),
+    /// There is no such storage.
+    #[error("there is no storage {0}")]
+    NotFound(String),
+    /// Something still uses it.
+    #[error("storage {0} is in use")]
+    Busy(String),
+    /// Too many of them.
+    #[error("there are {MAX_STORAGES} storages already")]
+    Limit,
+    /// Its block device is not there.
+    #[error(transparent)]
+    Device(#[from] GuestError),
+    /// The kernel refused.
+    #[error("{action} storage {id}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which storage.
+        id: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl StorageError {
+    fn invalid(field: &'static str, value: impl Into<String>) -> StorageError {
+        StorageError::Invalid { field, value: value.into() }
+    }
+
+    fn io(action: &'static str, id: &str) -> impl FnOnce(io::Error) -> StorageError {
+        let id = id.to_owned();
+        move |source| StorageError::Io { action, id, source }
+    }
+}
+
+/// The storages of the guest.
+#[derive(Debug)]
+pub struct Storages {
+    directory: PathBuf,
+    mounted: Mutex<BTreeMap<String, Mounted>>,
+}
+
+#[derive(Debug)]
+struct Mounted {
+    storage: Storage,
+    path: PathBuf,
+    is_mount: bool,
+    /// Container that it belongs to, empty: the sandbox.
+    owner: String,
+    /// Order of mounting, so that teardown can go backwards.
+    order: u64,
+}
+
+impl Storages {
+    /// No storages yet; their mount points will be under `root`.
+    pub fn new(root: &Path) -> Storages {
+        Storages { directory: root.join("storage"), mounted: Mutex::default() }
+    }
+
+    /// Makes a storage; `owner` is a container's id, or empty. Returns its mount point, or the node of a disk that
+    /// is not to be mounted.
+    ///
+    /// # Errors
+    /// When it is malformed or taken, or does not mount; nothing is left behind.
+    pub fn mount(&self, storage: &Storage, owner: &str) -> Result<PathBuf, StorageError> {
+        check_id(&storage.id)?;
+        // Held throughout: two of the same id must not race, and an overlay's parts must not go away.
+        let mut mounted = lock(&self.mounted);
+        if mounted.len() >= MAX_STORAGES {
+            return Err(StorageError::Limit);
+        }
+        if mounted.contains_key(&storage.id) {
+            return Err(StorageError::Exists(storage.id.clone()));
+        }
+        let source = storage.source.as_ref().ok_or_else(|| StorageError::invalid("source", ""))?;
+        if let Source::Overlay(overlay) = source {
+            let parts = overlay.lowers.iter().chain(Some(&overlay.upper).filter(|upper| !upper.is_empty()));
+            for part in parts {
+                let exists = mounted.get(part).is_some_and(|part| part.is_mount);
+                exists.then_some(()).ok_or_else(|| StorageError::NotFound(part.clone()))?;
+            }
+        }
+        let (path, is_mount) = if let Some(node) = device::unmounted(source)? {
+            (node, false)
+        } else {
+            (self.mount_at(storage, source)?, true)
+        };
+        let order = mounted.values().map(|mounted| mounted.order).max().unwrap_or(0).saturating_add(1);
+        let entry = Mounted {
+            storage: storage.clone(),
+            path: path.clone(),
+            is_mount,
+            owner: owner.to_owned(),
+            order,
+        };
+        mounted.insert(storage.id.clone(), entry);
+        Ok(path)
+    }
+
+    fn mount_at(&self, storage: &Storage, source: &Source) -> Result<PathBuf, StorageError> {
+        let target = self.directory.join(&storage.id);
+        fs::create_dir_all(&target).map_err(StorageError::io("make the mount point of", &storage.id))?;
+        match mount::mount(&self.directory, storage, source) {
+            Ok(()) => Ok(target),
+            Err(error) => {
+                let _ = fs::remove_dir(&target);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a storage away; one that does not exist is fine.
+    ///
+    /// # Errors
+    /// When an overlay or a process uses it.
+    pub fn unmount(&self, id: &str) -> Result<(), StorageError> {
+        let mut mounted = lock(&self.mounted);
+        let Some(entry) = mounted.get(id) else { return Ok(()) };
+        let uses = |other: &Mounted| match &other.storage.source {
+            Some(Source::Overlay(overlay)) => {
+                overlay.upper == id || overlay.lowers.iter().any(|lower| lower == id)
+            }
+            _ => false,
+        };
+        if mounted.values().any(uses) {
+            return Err(StorageError::Busy(id.to_owned()));
+        }
+        if entry.is_mount {
+            match umount2(&entry.path, MntFlags::UMOUNT_NOFOLLOW) {
+                // EINVAL: it is not mounted any more, someone undid it.
+                Ok(()) | Err(Errno::EINVAL) => {}
+                Err(Errno::EBUSY) => return Err(StorageError::Busy(id.to_owned())),
+                Err(errno) => return Err(StorageError::io("unmount", id)(errno.into())),
+            }
+            fs::remove_dir(&entry.path).map_err(StorageError::io("remove the mount point of", id))?;
+        }
+        mounted.remove(id);
+        Ok(())
+    }
+
+    /// Takes all storages of `owner` away, last ones first; of everyone, if `None`. Goes on after an error.
+    ///
+    /// # Errors
+    /// The first one.
+    pub fn unmount_all(&self, owner: Option<&str>) -> Result<(), StorageError> {
+        let mut ids: Vec<(u64, String)> = lock(&self.mounted)
+            .values()
+            .filter(|mounted| owner.is_none_or(|owner| mounted.owner == owner))
+            .map(|mounted| (mounted.order, mounted.storage.id.clone()))
+            .collect();
+        ids.sort_unstable_by(|left, right| right.cmp(left));
+        let mut result = Ok(());
+        for (_, id) in ids {
+            result = result.and(self.unmount(&id));
+        }
+        result
+    }
+
+    /// Where a storage is.
+    ///
+    /// # Errors
+    /// When there is no such storage.
+    pub fn path(&self, id: &str) -> Result<PathBuf, StorageError> {
+        let mounted = lock(&self.mounted);
+        mounted
+            .get(id)
+            .map(|mounted| mounted.path.clone())
+            .ok_or_else(|| StorageError::NotFound(id.to_owned()))
+    }
+
+    /// Whether a storage is on the disk in `slot`.
+    pub fn uses_slot(&self, slot: u32) -> bool {
+        let Ok(name) = crate::guest::devices::block_device(slot) else { return false };
+        lock(&self.mounted).values().any(|mounted| match &mounted.storage.source {
+            Some(Source::Block(block)) => device::name(block).is_ok_and(|used| used == name),
+            _ => false,
+        })
+    }
+
+    /// All storages, by id.
+    pub fn list(&self) -> Vec<StorageInfo> {
+        let info = |mounted: &Mounted| StorageInfo {
+            storage: Some(mounted.storage.clone()),
+            path: mounted.path.to_string_lossy().into_owned(),
+            container_id: mounted.owner.clone(),
+        };
+        lock(&self.mounted).values().map(info).collect()
+    }
+
+    /// Makes a tmpfs storage hold exactly `entries`.
+    ///
+    /// # Errors
+    /// When it is no tmpfs, an entry is malformed, or the kernel refuses; what was done stays.
+    pub fn sync_tree(&self, id: &str, entries: &[TreeEntry]) -> Result<(), StorageError> {
+        let path = {
+            let mounted = lock(&self.mounted);
+            let entry = mounted.get(id).ok_or_else(|| StorageError::NotFound(id.to_owned()))?;
+            if !matches!(entry.storage.source, Some(Source::Tmpfs(_))) {
+                return Err(StorageError::invalid("storage_id", id));
+            }
+            entry.path.clone()
+        };
+        tree::sync(&path, id, entries)
+    }
+}
+
+/// # Errors
+/// When `id` is not `[A-Za-z0-9_.-]{1,128}`, or is "." or "..".
+pub fn check_id(id: &str) -> Result<(), StorageError> {
+    let valid = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+    if !valid || id.is_empty() || id.len() > MAX_ID || id == "." || id == ".." {
+        return Err(StorageError::invalid("id", id));
+    }
+    Ok(())
+}
