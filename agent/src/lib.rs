@@ -7,7 +7,8 @@
 //! - [`state`]: what they share; [`ring`]: numbered histories of events and log lines; [`log`].
 //! - [`guest`]: the guest as a machine: entropy, names, processors, memory, device slots; [`clock`]; [`metrics`].
 //! - [`network`]: the pod's interfaces, addresses, routes, neighbours; [`namespace`]: work in another namespace.
-//! - [`storage`]: file systems that the host names.
+//! - [`pod`]: the namespaces that containers share; [`storage`]: file systems that the host names;
+//!   [`transfer`]: files in and out, connections into the pod.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock.
 
@@ -21,9 +22,11 @@ pub mod metrics;
 pub mod namespace;
 pub mod network;
 pub mod options;
+pub mod pod;
 pub mod reaper;
 pub mod ring;
 pub mod service;
 pub mod state;
 pub mod storage;
 pub mod streams;
+pub mod transfer;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use caisson_agent::options::{Command, Listen, OptionError, Options, USAGE};
 use caisson_agent::reaper::Reaper;
 use caisson_agent::state::{Shutdown, State};
-use caisson_agent::{connection, init, log, service};
+use caisson_agent::{connection, init, log, pod, service};
 use caisson_protocol::v1::{ShuttingDown, event};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -28,6 +28,12 @@ fn main() -> ExitCode {
         loop {
             std::thread::park();
         }
+    }
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == pod::init::ARGUMENT) {
+        return match pod::init::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
     }
     match Options::from_arguments(std::env::args_os().skip(1)) {
         Ok(Command::Help) => print!("{USAGE}"),

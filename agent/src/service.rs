@@ -4,18 +4,29 @@
 mod agent;
 mod follow;
 mod machine;
+mod network;
+mod sandbox;
 mod status;
+mod storages;
+mod transfers;
 
 use std::convert::Infallible;
+use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 
 use caisson_protocol::limits;
+use caisson_protocol::v1::Storage;
 use caisson_protocol::v1::agent_server::{AgentServer, SERVICE_NAME as AGENT};
 use caisson_protocol::v1::machine_server::{MachineServer, SERVICE_NAME as MACHINE};
+use caisson_protocol::v1::network_server::{NetworkServer, SERVICE_NAME as NETWORK};
+use caisson_protocol::v1::sandbox_server::{SERVICE_NAME as SANDBOX, SandboxServer};
+use caisson_protocol::v1::storages_server::{SERVICE_NAME as STORAGES, StoragesServer};
+use caisson_protocol::v1::transfers_server::{SERVICE_NAME as TRANSFERS, TransfersServer};
 use futures_util::FutureExt;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,7 +37,10 @@ use tower::Service;
 
 use crate::clock;
 use crate::connection::Incoming;
+use crate::pod::Pod;
 use crate::state::State;
+use crate::storage::Storages;
+use crate::transfer::Transfers;
 
 /// Serves both ports until the process ends.
 ///
@@ -55,12 +69,56 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), toni
         .await
 }
 
+/// What the services work on.
+struct Shared {
+    state: Arc<State>,
+    /// The one sandbox. Held while it is made or unmade.
+    pod: tokio::sync::Mutex<Option<Arc<Pod>>>,
+    storages: Arc<Storages>,
+    transfers: Transfers,
+}
+
+impl Shared {
+    fn new(state: Arc<State>) -> Shared {
+        let storages = Arc::new(Storages::new(&state.root));
+        Shared { state, pod: tokio::sync::Mutex::default(), storages, transfers: Transfers::default() }
+    }
+
+    async fn pod(&self) -> Result<Arc<Pod>, Status> {
+        let pod = self.pod.lock().await.clone();
+        pod.ok_or_else(|| Status::failed_precondition("the guest has no sandbox"))
+    }
+
+    async fn mount(&self, storage: Storage, owner: String) -> Result<PathBuf, Status> {
+        let storages = self.storages.clone();
+        blocking(move || storages.mount(&storage, &owner)).await
+    }
+
+    async fn unmount_all(&self, owner: Option<String>) -> Result<(), Status> {
+        let storages = self.storages.clone();
+        blocking(move || storages.unmount_all(owner.as_deref())).await
+    }
+
+    fn resolv_conf(&self) -> PathBuf {
+        self.state.root.join("resolv.conf")
+    }
+
+    /// The root directory of a container, as its processes see it.
+    fn container_root(&self, id: &str) -> Result<OwnedFd, Status> {
+        Err(Status::not_found(format!("no container {id}")))
+    }
+}
+
 /// Sends each call to its service by the path's first component.
 #[derive(Clone)]
 struct Router {
     state: Arc<State>,
     agent: AgentServer<agent::Service>,
     machine: MachineServer<machine::Service>,
+    network: NetworkServer<network::Service>,
+    sandbox: SandboxServer<sandbox::Service>,
+    storages: StoragesServer<storages::Service>,
+    transfers: TransfersServer<transfers::Service>,
 }
 
 macro_rules! server {
@@ -73,9 +131,14 @@ macro_rules! server {
 
 impl Router {
     fn new(state: Arc<State>) -> Router {
+        let shared = Arc::new(Shared::new(state.clone()));
         Router {
             agent: server!(AgentServer, agent::Service::new(state.clone())),
-            machine: server!(MachineServer, machine::Service::new(state.clone())),
+            machine: server!(MachineServer, machine::Service(shared.clone())),
+            network: server!(NetworkServer, network::Service(shared.clone())),
+            sandbox: server!(SandboxServer, sandbox::Service(shared.clone())),
+            storages: server!(StoragesServer, storages::Service(shared.clone())),
+            transfers: server!(TransfersServer, transfers::Service(shared)),
             state,
         }
     }
@@ -96,6 +159,10 @@ impl Service<http::Request<Body>> for Router {
         let call: Self::Future = match service {
             AGENT => Box::pin(self.agent.call(request)),
             MACHINE => Box::pin(self.machine.call(request)),
+            NETWORK => Box::pin(self.network.call(request)),
+            SANDBOX => Box::pin(self.sandbox.call(request)),
+            STORAGES => Box::pin(self.storages.call(request)),
+            TRANSFERS => Box::pin(self.transfers.call(request)),
             _ => {
                 let unknown = Status::unimplemented(format!("no service {service:?}"));
                 return Box::pin(std::future::ready(Ok(unknown.into_http())));

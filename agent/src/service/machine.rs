@@ -5,21 +5,13 @@ use std::sync::Arc;
 use caisson_protocol::v1::{self as proto, machine_server};
 use tonic::{Request, Response, Status};
 
-use super::blocking;
+use super::{Shared, blocking};
 use crate::clock;
 use crate::guest::{GuestError, devices, identity, processors};
 use crate::state::State;
 
 #[derive(Clone)]
-pub(super) struct Service {
-    state: Arc<State>,
-}
-
-impl Service {
-    pub(super) fn new(state: Arc<State>) -> Service {
-        Service { state }
-    }
-}
+pub(super) struct Service(pub(super) Arc<Shared>);
 
 #[tonic::async_trait]
 impl machine_server::Machine for Service {
@@ -27,8 +19,14 @@ impl machine_server::Machine for Service {
         &self,
         request: Request<proto::AfterRestoreRequest>,
     ) -> Result<Response<proto::AfterRestoreResponse>, Status> {
-        let (state, request) = (self.state.clone(), request.into_inner());
-        blocking(move || after_restore(&state, &request)).await.map(Response::new)
+        let (state, request) = (self.0.state.clone(), request.into_inner());
+        let hostname = request.hostname.clone();
+        let reply = blocking(move || after_restore(&state, &request)).await?;
+        // A pod that was in the snapshot has a name of its own.
+        if let Ok(pod) = self.0.pod().await {
+            blocking(move || pod.set_names(&hostname, "")).await?;
+        }
+        Ok(Response::new(reply))
     }
 
     async fn reseed(
@@ -52,7 +50,7 @@ impl machine_server::Machine for Service {
         &self,
         request: Request<proto::OnlineCpusRequest>,
     ) -> Result<Response<proto::OnlineCpusResponse>, Status> {
-        self.state.accepting()?;
+        self.0.state.accepting()?;
         let count = request.into_inner().count;
         let now = blocking(move || processors::set_online(count)).await?;
         Ok(Response::new(proto::OnlineCpusResponse { online: now.online, present: now.present }))
@@ -62,7 +60,7 @@ impl machine_server::Machine for Service {
         &self,
         _: Request<proto::OnlineMemoryRequest>,
     ) -> Result<Response<proto::OnlineMemoryResponse>, Status> {
-        self.state.accepting()?;
+        self.0.state.accepting()?;
         let memory = blocking(processors::online_memory).await?;
         Ok(Response::new(proto::OnlineMemoryResponse {
             online: memory.online,
@@ -74,7 +72,7 @@ impl machine_server::Machine for Service {
         &self,
         request: Request<proto::PlugDeviceRequest>,
     ) -> Result<Response<proto::PlugDeviceResponse>, Status> {
-        self.state.accepting()?;
+        self.0.state.accepting()?;
         let slot = request.into_inner().slot;
         let device = blocking(move || devices::plug(slot)).await?;
         Ok(Response::new(proto::PlugDeviceResponse { device: Some(device) }))
@@ -85,6 +83,9 @@ impl machine_server::Machine for Service {
         request: Request<proto::UnplugDeviceRequest>,
     ) -> Result<Response<proto::UnplugDeviceResponse>, Status> {
         let slot = request.into_inner().slot;
+        if self.0.storages.uses_slot(slot) {
+            return Err(Status::failed_precondition(format!("a storage is on slot {slot}")));
+        }
         blocking(move || devices::unplug(slot)).await?;
         Ok(Response::new(proto::UnplugDeviceResponse {}))
     }

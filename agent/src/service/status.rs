@@ -6,7 +6,11 @@ use std::fmt::Write as _;
 use tonic::{Code, Status};
 
 use crate::guest::GuestError;
+use crate::network::NetworkError;
+use crate::pod::PodError;
 use crate::ring::Gap;
+use crate::storage::StorageError;
+use crate::transfer::TransferError;
 
 /// An error's text with those of all its sources.
 pub(super) fn chain(error: &dyn Error) -> String {
@@ -31,11 +35,73 @@ impl From<GuestError> for Status {
             GuestError::NotFound(_) => Code::NotFound,
             GuestError::Precondition(_) => Code::FailedPrecondition,
             GuestError::Unsupported(_) => Code::Unimplemented,
-            GuestError::File { source, .. } if out_of_resources(source) => Code::ResourceExhausted,
-            GuestError::File { .. } => Code::Internal,
+            GuestError::File { source, .. } => of_system(source),
         };
         status(code, &error)
     }
+}
+
+impl From<StorageError> for Status {
+    fn from(error: StorageError) -> Status {
+        if let StorageError::Device(inner) = error {
+            return inner.into();
+        }
+        let code = match &error {
+            StorageError::Invalid { .. } => Code::InvalidArgument,
+            StorageError::Exists(_) => Code::AlreadyExists,
+            StorageError::NotFound(_) => Code::NotFound,
+            StorageError::Busy(_) | StorageError::Device(_) => Code::FailedPrecondition,
+            StorageError::Limit => Code::ResourceExhausted,
+            StorageError::Io { source, .. } => of_system(source),
+        };
+        status(code, &error)
+    }
+}
+
+impl From<NetworkError> for Status {
+    fn from(error: NetworkError) -> Status {
+        let code = match &error {
+            NetworkError::Invalid { .. } => Code::InvalidArgument,
+            NetworkError::NoInterface(_) => Code::NotFound,
+            NetworkError::Io { source, .. } => of_system(source),
+            NetworkError::Netlink { .. } => Code::Internal,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<PodError> for Status {
+    fn from(error: PodError) -> Status {
+        let code = match &error {
+            PodError::Invalid { .. } => Code::InvalidArgument,
+            PodError::Io { source, .. } => of_system(source),
+        };
+        status(code, &error)
+    }
+}
+
+impl From<TransferError> for Status {
+    fn from(error: TransferError) -> Status {
+        let code = match &error {
+            TransferError::Invalid { .. } => Code::InvalidArgument,
+            TransferError::NotFound(_) => Code::NotFound,
+            TransferError::Limit => Code::ResourceExhausted,
+            TransferError::Protocol(_) | TransferError::Connect { .. } => Code::FailedPrecondition,
+            TransferError::File { source, .. } => match source.raw_os_error() {
+                Some(libc::ENOENT) => Code::NotFound,
+                Some(libc::ENOTDIR | libc::EISDIR | libc::ELOOP | libc::EXDEV | libc::ENAMETOOLONG) => {
+                    Code::InvalidArgument
+                }
+                Some(libc::EROFS) => Code::FailedPrecondition,
+                _ => of_system(source),
+            },
+        };
+        status(code, &error)
+    }
+}
+
+fn of_system(error: &std::io::Error) -> Code {
+    if out_of_resources(error) { Code::ResourceExhausted } else { Code::Internal }
 }
 
 impl From<Gap> for Status {

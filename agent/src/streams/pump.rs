@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional};
 use tokio::sync::{Notify, watch};
@@ -11,6 +12,9 @@ use crate::connection::Connection;
 
 /// Bytes buffered for a stream while a connection is attached.
 const BUFFER: usize = 64 << 10;
+
+/// How long a connection inside the pod waits for the host's.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Tells output pumps that their process has ended, and learns from them when its last byte was handed over.
 #[derive(Clone, Debug)]
@@ -246,7 +250,7 @@ impl<W: AsyncWrite + Unpin> AsyncWrite for OneWay<'_, W> {
 
 /// A socket, both ways, once; half-closes are passed on.
 pub async fn forward<S: AsyncRead + AsyncWrite + Unpin>(mut port: Port, mut socket: S) {
-    let mut connection = port.connection().await;
+    let Ok(mut connection) = tokio::time::timeout(ATTACH_TIMEOUT, port.connection()).await else { return };
     let _ = copy_bidirectional(&mut connection, &mut socket).await;
 }
 

@@ -1,0 +1,135 @@
+//! The `Sandbox` service: the pod's life.
+
+use std::sync::Arc;
+
+use caisson_protocol::v1::{self as proto, sandbox_server};
+use tonic::{Request, Response, Status};
+
+use super::{Shared, blocking};
+use crate::guest::{identity, processors};
+use crate::network;
+use crate::pod::{self, Pod};
+use crate::state::Shutdown;
+use crate::storage::check_id;
+
+/// The longest grace that a shutdown may ask for: ten minutes.
+const MAX_GRACE_MS: u32 = 600_000;
+
+#[derive(Clone)]
+pub(super) struct Service(pub(super) Arc<Shared>);
+
+#[tonic::async_trait]
+impl sandbox_server::Sandbox for Service {
+    async fn create_sandbox(
+        &self,
+        request: Request<proto::CreateSandboxRequest>,
+    ) -> Result<Response<proto::CreateSandboxResponse>, Status> {
+        self.0.state.accepting()?;
+        let request = request.into_inner();
+        check_id(&request.id)?;
+        if !request.hostname.is_empty() {
+            identity::check_hostname(&request.hostname)?;
+        }
+        // Cancelled calls must not leave half a pod: the work goes on in a task of its own.
+        let shared = self.0.clone();
+        let created = tokio::spawn(async move {
+            let mut pod = shared.pod.lock().await;
+            if pod.is_some() {
+                return Err(Status::already_exists("the guest has a sandbox"));
+            }
+            match create(&shared, &request).await {
+                Ok((made, reply)) => {
+                    *pod = Some(Arc::new(made));
+                    Ok(reply)
+                }
+                Err(error) => {
+                    if let Err(left) = shared.unmount_all(None).await {
+                        shared.state.fault("sandbox", format!("undo: {}", left.message()));
+                    }
+                    Err(error)
+                }
+            }
+        });
+        created.await.map_err(|_| Status::internal("the agent's task panicked"))?.map(Response::new)
+    }
+
+    async fn destroy_sandbox(
+        &self,
+        _: Request<proto::DestroySandboxRequest>,
+    ) -> Result<Response<proto::DestroySandboxResponse>, Status> {
+        let shared = self.0.clone();
+        let destroyed = tokio::spawn(async move {
+            let mut pod = shared.pod.lock().await;
+            shared.unmount_all(None).await?;
+            if let Some(pod) = pod.take() {
+                let dropped = tokio::task::spawn_blocking(move || drop(pod));
+                dropped.await.map_err(|_| Status::internal("the agent's worker panicked"))?;
+                let resolv_conf = shared.resolv_conf();
+                let _ = std::fs::remove_file(resolv_conf);
+            }
+            Ok(proto::DestroySandboxResponse {})
+        });
+        destroyed.await.map_err(|_| Status::internal("the agent's task panicked"))?.map(Response::new)
+    }
+
+    async fn shutdown(
+        &self,
+        request: Request<proto::ShutdownRequest>,
+    ) -> Result<Response<proto::ShutdownResponse>, Status> {
+        self.0.state.accepting()?;
+        let request = request.into_inner();
+        if request.grace_ms > MAX_GRACE_MS {
+            return Err(Status::invalid_argument(format!("grace_ms: more than {MAX_GRACE_MS}")));
+        }
+        let how = Shutdown { reboot: request.reboot, grace_ms: request.grace_ms };
+        let state = self.0.state.clone();
+        // Late enough for the reply to be on its way.
+        tokio::spawn(async move {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            state.shutdown.send_replace(Some(how));
+        });
+        Ok(Response::new(proto::ShutdownResponse {}))
+    }
+}
+
+/// On an error the pod that was made is dropped, and with it its namespaces; storages are the caller's to undo.
+async fn create(
+    shared: &Arc<Shared>,
+    request: &proto::CreateSandboxRequest,
+) -> Result<(Pod, proto::CreateSandboxResponse), Status> {
+    shared.state.restrict(&request.policy.unwrap_or_default());
+    if request.online_cpus != 0 {
+        let count = request.online_cpus;
+        blocking(move || processors::set_online(count)).await?;
+    }
+    let (root, id) = (shared.state.root.clone(), request.id.clone());
+    let mut pod = blocking(move || Pod::create(&root, &id)).await?;
+    if request.share_pid_namespace {
+        let init = pod::init::spawn(&shared.state.reaper)
+            .await
+            .map_err(|error| Status::internal(format!("start the pod's init: {error}")))?;
+        pod.adopt(init)?;
+    }
+    pod.set_names(&request.hostname, &request.domainname)?;
+    let connection = network::Connection::enter(pod.network())?;
+    network::apply(&connection, &request.network.clone().unwrap_or_default()).await?;
+    // After the network: a parameter may be an interface's.
+    pod.set_sysctls(&request.sysctls)?;
+    let mut resolv_conf = String::new();
+    if let Some(dns) = &request.dns {
+        network::write_resolv_conf(&shared.resolv_conf(), dns)?;
+        resolv_conf = shared.resolv_conf().to_string_lossy().into_owned();
+    }
+    for storage in request.storages.clone() {
+        shared.mount(storage, String::new()).await?;
+    }
+    let path = |name: &str| pod.namespace(name).to_string_lossy().into_owned();
+    let reply = proto::CreateSandboxResponse {
+        network_namespace: path("net"),
+        ipc_namespace: path("ipc"),
+        uts_namespace: path("uts"),
+        pid_namespace: if request.share_pid_namespace { path("pid") } else { String::new() },
+        resolv_conf,
+    };
+    Ok((pod, reply))
+}

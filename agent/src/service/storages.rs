@@ -1,0 +1,50 @@
+//! The `Storages` service.
+
+use std::sync::Arc;
+
+use caisson_protocol::v1::{self as proto, storages_server};
+use tonic::{Request, Response, Status};
+
+use super::{Shared, blocking};
+
+#[derive(Clone)]
+pub(super) struct Service(pub(super) Arc<Shared>);
+
+#[tonic::async_trait]
+impl storages_server::Storages for Service {
+    async fn mount_storage(
+        &self,
+        request: Request<proto::MountStorageRequest>,
+    ) -> Result<Response<proto::MountStorageResponse>, Status> {
+        self.0.state.accepting()?;
+        let storage = request.into_inner().storage.unwrap_or_default();
+        let path = self.0.mount(storage, String::new()).await?;
+        Ok(Response::new(proto::MountStorageResponse { path: path.to_string_lossy().into_owned() }))
+    }
+
+    async fn unmount_storage(
+        &self,
+        request: Request<proto::UnmountStorageRequest>,
+    ) -> Result<Response<proto::UnmountStorageResponse>, Status> {
+        let (storages, id) = (self.0.storages.clone(), request.into_inner().id);
+        blocking(move || storages.unmount(&id)).await?;
+        Ok(Response::new(proto::UnmountStorageResponse {}))
+    }
+
+    async fn list_storages(
+        &self,
+        _: Request<proto::ListStoragesRequest>,
+    ) -> Result<Response<proto::ListStoragesResponse>, Status> {
+        Ok(Response::new(proto::ListStoragesResponse { storages: self.0.storages.list() }))
+    }
+
+    async fn sync_tree(
+        &self,
+        request: Request<proto::SyncTreeRequest>,
+    ) -> Result<Response<proto::SyncTreeResponse>, Status> {
+        self.0.state.accepting()?;
+        let (storages, request) = (self.0.storages.clone(), request.into_inner());
+        blocking(move || storages.sync_tree(&request.storage_id, &request.entries)).await?;
+        Ok(Response::new(proto::SyncTreeResponse {}))
+    }
+}
