@@ -61,6 +61,41 @@ pub fn pattern(length: usize) -> Vec<u8> {
     words.flatten().take(length).collect()
 }
 
+/// Connects to a port of the guest whose vsock device is at `path`.
+///
+/// # Errors
+/// When nobody listens there.
+pub fn connect(path: &Path, port: u32) -> Result<UnixStream> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(SILENCE))?;
+    stream.set_write_timeout(Some(SILENCE))?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        if stream.read(&mut byte)? == 0 {
+            bail!("port {port} was refused");
+        }
+        line.extend(byte);
+    }
+    ensure!(line.starts_with(b"OK "), "odd answer: {}", String::from_utf8_lossy(&line));
+    Ok(stream)
+}
+
+/// Connects again and again until somebody listens: for a guest that boots.
+///
+/// # Errors
+/// When nobody does in time.
+pub fn connect_patiently(path: &Path, port: u32) -> Result<UnixStream> {
+    let start = Instant::now();
+    loop {
+        match connect(path, port) {
+            Err(_) if start.elapsed() < BOOT => thread::sleep(Duration::from_millis(50)),
+            outcome => return outcome,
+        }
+    }
+}
+
 /// A running guest.
 pub struct VsockGuest {
     dir: tempfile::TempDir,
@@ -95,7 +130,8 @@ impl VsockGuest {
             move || run(&machine, &stopping)
         }));
         let guest = Self { dir, machine, stopping, event_loop };
-        guest.wait_until_up()?;
+        let console = || format!("the guest's console:\n{}", guest.console());
+        drop(connect_patiently(&guest.path(), ECHO).with_context(console)?);
         Ok(guest)
     }
 
@@ -104,20 +140,7 @@ impl VsockGuest {
     /// # Errors
     /// When nobody listens there.
     pub fn connect(&self, port: u32) -> Result<UnixStream> {
-        let mut stream = UnixStream::connect(self.path())?;
-        stream.set_read_timeout(Some(SILENCE))?;
-        stream.set_write_timeout(Some(SILENCE))?;
-        stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-        let mut line = Vec::new();
-        while line.last() != Some(&b'\n') {
-            let mut byte = [0];
-            if stream.read(&mut byte)? == 0 {
-                bail!("port {port} was refused");
-            }
-            line.extend(byte);
-        }
-        ensure!(line.starts_with(b"OK "), "odd answer: {}", String::from_utf8_lossy(&line));
-        Ok(stream)
+        connect(&self.path(), port)
     }
 
     /// A service of the host that the guest can dial.
@@ -152,19 +175,6 @@ impl VsockGuest {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Machine> {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait_until_up(&self) -> Result<()> {
-        let start = Instant::now();
-        loop {
-            match self.connect(ECHO) {
-                Ok(_) => return Ok(()),
-                Err(error) if start.elapsed() > BOOT => {
-                    return Err(error).with_context(|| format!("the guest's console:\n{}", self.console()));
-                }
-                Err(_) => thread::sleep(Duration::from_millis(50)),
-            }
-        }
     }
 }
 
@@ -215,7 +225,10 @@ fn run(machine: &Mutex<Machine>, stopping: &AtomicBool) {
 }
 
 /// Makes an initramfs of one program as `/init`, with the libraries that it needs from this machine.
-fn program_initramfs(program: &Path, output: &Path) -> Result<()> {
+///
+/// # Errors
+/// When a tool is missing or the file can't be written.
+pub fn program_initramfs(program: &Path, output: &Path) -> Result<()> {
     let tree = tempfile::tempdir()?;
     let copy = |from: &Path, to: &str| -> Result<()> {
         let to = tree.path().join(to.trim_start_matches('/'));

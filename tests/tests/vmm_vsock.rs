@@ -1,25 +1,40 @@
 //! The vsock device on real KVM, with Linux's own driver on the other side.
 
 use std::{
+    fs::File,
     io::{Read, Write},
     net::Shutdown,
-    os::unix::net::UnixStream,
-    path::PathBuf,
+    os::{fd::AsFd, unix::net::UnixStream},
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
-use caisson_e2e::vsock::{DIAL, ECHO, RELEASE, SINK, SOURCE, VsockGuest, pattern};
+use caisson_e2e::{
+    vmm::{Vmm, Workshop},
+    vsock::{
+        DIAL, ECHO, RELEASE, SINK, SOURCE, VsockGuest, connect, connect_patiently, pattern, program_initramfs,
+    },
+};
+use caisson_vmm::{
+    config::{DeviceConfig, FileSource, VsockDevice},
+    control::protocol::{RestoreCommand, RestoredDevice},
+    devices::vsock::VsockConfig,
+};
 
 const ECONNRESET: i32 = 104;
 
 fn boot() -> Result<VsockGuest> {
+    VsockGuest::boot(&program())
+}
+
+/// What runs in the guest.
+fn program() -> PathBuf {
     // An archive of tests is run elsewhere than where it was built; its runner says where the binary is.
-    let program = std::env::var_os("NEXTEST_BIN_EXE_vsock-guest")
-        .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_vsock-guest")), PathBuf::from);
-    VsockGuest::boot(&program)
+    std::env::var_os("NEXTEST_BIN_EXE_vsock-guest")
+        .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_vsock-guest")), PathBuf::from)
 }
 
 /// Sends `data`, receives as much, and compares.
@@ -171,4 +186,56 @@ fn pauses_lose_nothing() -> Result<()> {
         echo(&guest.connect(ECHO)?, b"and open to others")?;
     }
     Ok(())
+}
+
+fn device(socket: &Path, guest_cid: u32) -> DeviceConfig {
+    DeviceConfig::Vsock(VsockDevice {
+        socket: FileSource::Path(socket.into()),
+        dialer: None,
+        dialer_ports: Vec::new(),
+        options: VsockConfig { guest_cid },
+    })
+}
+
+#[test]
+fn copies_of_a_saved_guest_take_connections_at_once() -> Result<()> {
+    let workshop = Workshop::new("")?;
+    program_initramfs(&program(), &workshop.path("initramfs"))?;
+    let mut config = workshop.config("")?;
+    let socket = workshop.path("vsock");
+    config.devices.push(device(&socket, 3));
+    let mut vmm = Vmm::boot(config)?;
+    let before = connect_patiently(&socket, ECHO)?;
+    let data = pattern(100_000);
+    echo(&before, &data)?;
+
+    let (state, memory) = (workshop.path("state"), workshop.path("memory"));
+    vmm.client.pause()?;
+    vmm.client.snapshot(File::create(&state)?.as_fd(), File::create(&memory)?.as_fd())?;
+    vmm.client.resume()?;
+    // The guest that was saved goes on, and so do its connections.
+    echo(&before, &data)?;
+
+    for cid in 4..8 {
+        let socket = workshop.path(&format!("vsock{cid}"));
+        let restore = RestoreCommand {
+            state: FileSource::Path(state.clone()),
+            memory: FileSource::Path(memory.clone()),
+            console: Default::default(),
+            devices: vec![RestoredDevice { slot: 0, device: device(&socket, cid) }],
+        };
+        let mut copy = Vmm::restore(restore)?;
+        // Clients that were there before the guest ran, and others right after: each at the first attempt.
+        let early = thread::spawn({
+            let (socket, data) = (socket.clone(), data.clone());
+            move || echo(&connect(&socket, ECHO)?, &data)
+        });
+        thread::sleep(Duration::from_millis(50));
+        copy.client.resume()?;
+        for _ in 0..3 {
+            echo(&connect(&socket, ECHO)?, &data)?;
+        }
+        early.join().expect("the early client's thread")?;
+    }
+    echo(&before, &data)
 }
