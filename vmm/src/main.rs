@@ -1,7 +1,7 @@
 //! `caisson-vmm`: one microVM in one process.
 //!
-//! The launcher opens everything that the machine needs ([`caisson_vmm::resources`]), then the machine is made from
-//! what is open, and only then does guest code run.
+//! The launcher opens everything that the machine needs ([`caisson_vmm::resources`]) and goes into its jail
+//! ([`caisson_vmm::jail`]); then the machine is made from what is open, and only then does guest code run.
 
 use std::{
     os::fd::OwnedFd,
@@ -13,6 +13,7 @@ use std::{
 use caisson_vmm::{
     config::{FileSource, MachineConfig},
     control::{Supervisor, socket, supervisor::SupervisorError},
+    jail::{Inherited, Jail, JailConfig, Side},
     machine::ExitReason,
     resources::{self, Access, Descriptors, Resources},
 };
@@ -30,6 +31,9 @@ struct Arguments {
     /// Take requests on this descriptor: a unix socket of type SOCK_SEQPACKET, listening or connected.
     #[arg(long, value_name = "N")]
     control_fd: Option<u32>,
+    /// Go into a jail before a machine is made, as this file describes it (TOML, may be empty).
+    #[arg(long, value_name = "FILE")]
+    jail: Option<PathBuf>,
     /// How much to log to standard error.
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log_level: LevelFilter,
@@ -57,20 +61,44 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorError> {
+    let inherited = Inherited::note().map_err(|e| SupervisorError::Host("listing open descriptors", e))?;
+    let jail = arguments.jail.as_deref().map(JailConfig::from_file).transpose()?;
     let mut supervisor = Supervisor::new(resources::open_kvm()?, birth)?;
     if let Some(number) = arguments.control_fd {
         let source = FileSource::Descriptor(number);
         let socket = Descriptors::Inherited.open("--control-fd", &source, Access::ReadWrite)?;
         supervisor.control(socket.into())?;
     }
-    let Some(path) = &arguments.config else { return supervisor.run() };
+    let Some(path) = &arguments.config else {
+        enter(jail, &inherited, Vec::new())?;
+        return supervisor.run();
+    };
     let config = MachineConfig::from_file(path)?;
     let resources = Resources::open(&config, &Descriptors::Inherited)?;
     // The last thing that is made in the host's view, so that nothing has to be undone when another fails.
     let _socket = config.control.socket.as_deref().map(|path| listen(&mut supervisor, path)).transpose()?;
+    enter(jail, &inherited, config.sockets())?;
     supervisor.create(&config, resources)?;
     supervisor.boot()?;
     supervisor.run()
+}
+
+/// Goes into the jail, if there is to be one. The process that stays outside never returns: it removes `sockets`, and
+/// ends as the one inside has.
+fn enter(
+    jail: Option<JailConfig>,
+    inherited: &Inherited,
+    sockets: Vec<PathBuf>,
+) -> Result<(), SupervisorError> {
+    let Some(config) = jail else { return Ok(()) };
+    let ours = inherited.opened_since().map_err(|e| SupervisorError::Host("listing open descriptors", e))?;
+    match Jail::new(config, ours)?.removing(sockets).enter()? {
+        Side::Inside(inside) => {
+            tracing::info!(landlock = ?inside.landlock, "in the jail");
+            Ok(())
+        }
+        Side::Outside(ended) => ended.mirror(),
+    }
 }
 
 /// A socket in the file system, removed at the end.

@@ -267,6 +267,16 @@ impl MachineConfig {
         self.command_line().map(|_| ()).map_err(ConfigError::CommandLine)
     }
 
+    /// The sockets that are made in the file system for this machine.
+    #[must_use]
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        let vsock = self.devices.iter().filter_map(|device| match device {
+            DeviceConfig::Vsock(VsockDevice { socket: FileSource::Path(path), .. }) => Some(path.clone()),
+            _ => None,
+        });
+        self.control.socket.iter().cloned().chain(vsock).collect()
+    }
+
     /// The sizes of the machine.
     #[must_use]
     pub fn shape(&self) -> MachineShape {

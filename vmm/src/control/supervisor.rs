@@ -12,11 +12,13 @@ use crate::{
     boot::BootSource,
     config::{ConfigError, DeviceConfig, MachineConfig},
     devices::serial::ConsoleSink,
+    jail::{self, JailError},
     machine::{
         ExitReason, Machine, MachineError,
         poller::{Poller, Token},
     },
     resources::{self, Access, Descriptors, ResourceError, Resources},
+    seccomp,
     snapshot::{self, SnapshotError},
 };
 
@@ -35,6 +37,9 @@ pub enum SupervisorError {
     /// Saving or restoring failed.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The process could not be jailed.
+    #[error("jail")]
+    Jail(#[from] JailError),
     /// It cannot be done now.
     #[error("{0}")]
     State(&'static str),
@@ -139,7 +144,16 @@ impl Supervisor {
         if self.started {
             return Err(SupervisorError::State("the machine has been started already"));
         }
-        self.machine()?.resume()?;
+        self.resume()
+    }
+
+    /// Lets the machine run. Before its first instruction, this thread gives up what it needed until then.
+    fn resume(&mut self) -> Result<(), SupervisorError> {
+        let machine = self.machine.as_mut().ok_or(NO_MACHINE)?;
+        if !self.started {
+            jail::confine_thread(seccomp::Thread::Devices)?;
+        }
+        machine.resume()?;
         self.started = true;
         Ok(())
     }
@@ -215,10 +229,7 @@ impl Supervisor {
             Command::Unplug { slot, force } => self.machine()?.unplug(slot, force)?,
             Command::Resize(resize) => self.resize(resize)?,
             Command::Pause => self.machine()?.pause()?,
-            Command::Resume => {
-                self.machine()?.resume()?;
-                self.started = true;
-            }
+            Command::Resume => self.resume()?,
             Command::Snapshot { state, memory } => {
                 let state = descriptors.open("snapshot.state", &state, Access::Create)?;
                 let memory = descriptors.open("snapshot.memory", &memory, Access::Create)?;

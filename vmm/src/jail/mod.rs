@@ -43,7 +43,8 @@ use std::{
     fs, io,
     io::Write,
     os::{fd::RawFd, unix::net::UnixStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use caps::{CapSet, Capability};
@@ -56,6 +57,8 @@ use nix::{
 pub use privileges::{LandlockStatus, drop_thread_capabilities, raise_share_capabilities};
 use serde::{Deserialize, Serialize};
 pub use supervisor::Ended;
+
+use crate::seccomp;
 
 /// What the jail is made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +86,8 @@ pub struct JailConfig {
     pub max_open_files: u64,
     /// The longest file that may be written, in bytes. Disks, snapshots and logs are files.
     pub max_file_size: Option<u64>,
+    /// What happens to a system call that a thread has no business making.
+    pub seccomp: seccomp::Mode,
 }
 
 impl Default for JailConfig {
@@ -97,7 +102,20 @@ impl Default for JailConfig {
             cgroup: None,
             max_open_files: 4096,
             max_file_size: None,
+            seccomp: seccomp::Mode::Kill,
         }
+    }
+}
+
+impl JailConfig {
+    /// Reads a jail's description, in TOML.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or says something that a jail does not know.
+    pub fn from_file(path: &Path) -> Result<Self, JailError> {
+        let error = |source| JailError::Path { path: path.into(), source };
+        let text = fs::read_to_string(path).map_err(error)?;
+        toml::from_str(&text).map_err(|source| error(io::Error::new(io::ErrorKind::InvalidData, source)))
     }
 }
 
@@ -146,9 +164,9 @@ pub enum JailError {
     /// Landlock is there but refused the rules.
     #[error("setting up Landlock")]
     Landlock(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The supervisor's own filter could not be installed.
-    #[error("confining the supervisor")]
-    Seccomp(#[source] crate::seccomp::SeccompError),
+    /// A filter could not be installed.
+    #[error("filtering system calls")]
+    Seccomp(#[source] seccomp::SeccompError),
     /// The other one of the two processes died during the entry.
     #[error("the process on the other side of the jail is gone")]
     OtherSideGone,
@@ -177,13 +195,47 @@ pub struct Inside {
     pub share_capabilities: bool,
 }
 
+/// What threads do to themselves, once the process is jailed.
+#[derive(Clone, Copy, Debug)]
+struct Confinement {
+    seccomp: seccomp::Mode,
+    share_capabilities: bool,
+}
+
+static CONFINEMENT: OnceLock<Confinement> = OnceLock::new();
+
+/// The last step, taken by each thread for itself before it runs anything that a guest has a hand in: gives up the
+/// capabilities for the share, or takes them if it serves it, and installs the filter for its kind. In a process that
+/// is not jailed it does nothing.
+///
+/// # Errors
+/// When the kernel refuses. The thread must not go on.
+pub fn confine_thread(thread: seccomp::Thread) -> Result<(), JailError> {
+    let Some(confinement) = CONFINEMENT.get() else { return Ok(()) };
+    if confinement.share_capabilities {
+        match thread {
+            seccomp::Thread::Fs => raise_share_capabilities()?,
+            _ => drop_thread_capabilities()?,
+        }
+    }
+    seccomp::apply(thread, confinement.seccomp).map_err(JailError::Seccomp)
+}
+
+/// [`confine_thread`] for the start of a thread that has nobody to tell: when it fails, the process ends.
+pub fn confine_thread_or_abort(thread: seccomp::Thread) {
+    if let Err(error) = confine_thread(thread) {
+        tracing::error!(?thread, %error, "cannot confine the thread");
+        std::process::abort();
+    }
+}
+
 /// A jail to be entered.
 #[derive(Debug)]
 pub struct Jail {
     config: JailConfig,
     keep: Vec<RawFd>,
     ids: Option<Ids>,
-    remove: Option<PathBuf>,
+    remove: Vec<PathBuf>,
 }
 
 /// The host ids of a VM.
@@ -217,14 +269,14 @@ impl Jail {
                 return Err(JailError::NeedsRoot(key));
             }
         }
-        Ok(Self { config, keep, ids, remove: None })
+        Ok(Self { config, keep, ids, remove: Vec::new() })
     }
 
-    /// Has the supervisor remove a file at the end, such as a socket that the process made: from inside it cannot be
-    /// reached. For that the supervisor keeps, besides its user, the capability to change any directory.
+    /// Has the supervisor remove files at the end, such as sockets that the process made: from inside they cannot be
+    /// reached. For that the supervisor keeps, besides its user, the capabilities to change any directory.
     #[must_use]
-    pub fn removing(mut self, path: PathBuf) -> Self {
-        self.remove = Some(path);
+    pub fn removing(mut self, paths: impl IntoIterator<Item = PathBuf>) -> Self {
+        self.remove.extend(paths);
         self
     }
 
@@ -251,8 +303,7 @@ impl Jail {
             ForkResult::Parent { child } => {
                 drop(inner);
                 let mapped = self.mapped_ids();
-                supervisor::supervise(child, outer, mapped, self.ids, self.remove.as_deref())
-                    .map(Side::Outside)
+                supervisor::supervise(child, outer, mapped, self.ids, &self.remove).map(Side::Outside)
             }
             ForkResult::Child => {
                 drop(outer);
@@ -298,6 +349,8 @@ impl Jail {
         let landlock = privileges::confine_paths(share_capabilities)?;
         // Last, as a change of ids would undo it. A supervisor that died before this shows as a closed link.
         supervisor::die_with(&link)?;
+        // Cannot be set already: only one thread gets here, and only once.
+        let _ = CONFINEMENT.set(Confinement { seccomp: self.config.seccomp, share_capabilities });
         Ok(Inside { landlock, share_capabilities })
     }
 

@@ -7,7 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::net::UnixStream,
     },
-    path::Path,
+    path::PathBuf,
 };
 
 use caps::{CapSet, Capability};
@@ -84,24 +84,24 @@ pub(super) fn die_with(link: &UnixStream) -> Result<(), JailError> {
 
 /// Serves the inner process, gives up every privilege, and waits for its end.
 ///
-/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take, `remove` is a
-/// file that goes at the end.
+/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take, `remove` are
+/// files that go at the end.
 pub(super) fn supervise(
     child: Pid,
     mut link: UnixStream,
     mapped: Option<Ids>,
     own: Option<Ids>,
-    remove: Option<&Path>,
+    remove: &[PathBuf],
 ) -> Result<Ended, JailError> {
     let prepared = descriptors::close_all_but(&[], link.as_raw_fd())
         .and_then(|()| mapped.map_or(Ok(()), |ids| map_ids(child, &mut link, ids)))
-        .and_then(|()| confine(own, remove.is_some()));
+        .and_then(|()| confine(own, !remove.is_empty()));
     if prepared.is_err() {
         // It must not go on with a supervisor that is not one. It may be gone already.
         let _ = kill(child, Signal::SIGKILL);
     }
     let ended = wait(child);
-    if let Some(path) = remove {
+    for path in remove {
         // Someone else may have removed it already.
         let _ = fs::remove_file(path);
     }
@@ -125,7 +125,9 @@ fn map_ids(child: Pid, link: &mut UnixStream, ids: Ids) -> Result<(), JailError>
 fn confine(own: Option<Ids>, removes: bool) -> Result<(), JailError> {
     let ids = own.map(|ids| (Uid::from_raw(ids.uid), Gid::from_raw(ids.gid)));
     // Who is not root owns what it made.
-    let keep: &[Capability] = if removes && own.is_some() { &[Capability::CAP_DAC_OVERRIDE] } else { &[] };
+    // Root that gave up its user is a stranger to the directory: it must be let in, and past a sticky bit.
+    let remover = [Capability::CAP_DAC_OVERRIDE, Capability::CAP_FOWNER];
+    let keep: &[Capability] = if removes && own.is_some() { &remover } else { &[] };
     privileges::drop_all(ids, keep)?;
     caps::set(None, CapSet::Effective, &keep.iter().copied().collect()).map_err(JailError::Capabilities)?;
     seccomp::apply(seccomp::Thread::Supervisor, seccomp::Mode::Kill).map_err(JailError::Seccomp)

@@ -291,6 +291,8 @@ fn capabilities_for_the_share_are_a_threads_own_business() {
 #[test]
 fn a_file_is_removed_however_it_ends() {
     let directory = tempfile::tempdir().unwrap();
+    // As in /tmp, where only a file's owner may remove it.
+    std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o1777)).unwrap();
     let path = directory.path().join("socket");
     for signal in [None, Some(Signal::SIGKILL), Some(Signal::SIGTERM), Some(Signal::SIGINT)] {
         std::fs::write(&path, "").unwrap();
@@ -304,7 +306,7 @@ fn a_file_is_removed_however_it_ends() {
             ForkResult::Child => {
                 let mut report = File::from(write);
                 let jail = Jail::new(JailConfig::default(), vec![report.as_raw_fd()]).unwrap();
-                match jail.removing(path.clone()).enter().unwrap() {
+                match jail.removing([path.clone()]).enter().unwrap() {
                     Side::Inside(inside) if signal.is_some() => drop(stay(inside, &mut report)),
                     Side::Inside(_) => {}
                     Side::Outside(ended) => ended.mirror(),

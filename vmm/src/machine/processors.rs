@@ -5,7 +5,9 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use super::MachineBus;
 use crate::{
     boot::{Entry, mp_table::MAX_PROCESSORS},
+    jail,
     memory::GuestRam,
+    seccomp::Thread,
     vcpu::{VcpuCommandError, VcpuError, VcpuThread, cpuid::CpuTemplate, registers},
 };
 
@@ -135,7 +137,8 @@ impl Processors {
     }
 
     fn start(&mut self, id: u8, vcpu: VcpuFd) -> Result<(), ProcessorError> {
-        let thread = VcpuThread::spawn(id, vcpu, self.bus.clone(), || {})?;
+        let thread =
+            VcpuThread::spawn(id, vcpu, self.bus.clone(), || jail::confine_thread_or_abort(Thread::Vcpu))?;
         if self.running {
             thread.resume()?;
         }

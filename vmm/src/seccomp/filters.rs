@@ -55,6 +55,8 @@ const SOCKET_PAIR: Call =
 pub(super) const REFUSED: &[i64] = &[
     // The C library makes threads by it, and falls back to clone, whose flags are where a filter sees them.
     libc::SYS_clone3,
+    // A socket in the host's view is removed by the supervisor outside; whoever made it tries in vain.
+    libc::SYS_unlink,
     // A guest dials a port, and the machine was set up to find it by a path: that is a refused connection, and no
     // reason to end. Ports are found by a descriptor here.
     libc::SYS_socket,
@@ -164,17 +166,15 @@ const VCPU: &[Call] = &[
     any(libc::SYS_poll), // whether the console takes more
 ];
 
-/// The main thread.
+/// The main thread, for devices: what a guest can have it do.
 const DEVICES: &[Call] = &[
     ioctl(VCPU_IOCTLS),
     ioctl(VM_IOCTLS),
     any(libc::SYS_epoll_wait),
     any(libc::SYS_epoll_ctl),
-    any(libc::SYS_eventfd2),
-    any(libc::SYS_timerfd_create),
     any(libc::SYS_timerfd_settime),
     any(libc::SYS_poll),
-    // Net, vsock, control.
+    // Net, vsock, block, rng.
     any(libc::SYS_readv),
     any(libc::SYS_writev),
     any(libc::SYS_socket), // "does not exist", see REFUSED
@@ -183,32 +183,46 @@ const DEVICES: &[Call] = &[
     any(libc::SYS_recvmsg),
     any(libc::SYS_sendmsg),
     any(libc::SYS_shutdown),
+    any(libc::SYS_io_uring_enter),
     any(libc::SYS_getrandom),
-    // Starting, kicking and naming threads.
+    // Kicking other threads.
+    any(libc::SYS_gettid),
+    any(libc::SYS_getpid),
+    any(libc::SYS_tgkill),
+];
+
+/// The main thread, for its controller: what plugging devices, adding processors and saving the machine takes.
+const CONTROL: &[Call] = &[
+    any(libc::SYS_eventfd2),
+    any(libc::SYS_timerfd_create),
+    any(libc::SYS_fstat),
+    any(libc::SYS_statx),
+    any(libc::SYS_lseek),
+    any(libc::SYS_ftruncate),
+    any(libc::SYS_mincore),
+    any(libc::SYS_sysinfo),
+    any(libc::SYS_mremap), // a large state
+    any(libc::SYS_unlink), // "does not exist", see REFUSED
+    // Starting threads.
     CLONE,
     any(libc::SYS_clone3), // "does not exist", see REFUSED
     any(libc::SYS_set_robust_list),
     any(libc::SYS_rseq),
     any(libc::SYS_sched_getaffinity), // asked by the C library about a new thread's stack
-    any(libc::SYS_gettid),
-    any(libc::SYS_getpid),
-    any(libc::SYS_tgkill),
     PRCTL,
     SECCOMP,
-];
-
-/// A block device's worker: its files, and io_uring.
-const BLOCK: &[Call] = &[
-    any(libc::SYS_io_uring_enter),
-    any(libc::SYS_preadv),
-    any(libc::SYS_pwritev),
-    any(libc::SYS_pread64),
-    any(libc::SYS_pwrite64),
+    // Disks, and what their workers do: they start with the filter of this thread.
+    any(libc::SYS_io_uring_setup),
+    any(libc::SYS_io_uring_register),
+    any(libc::SYS_preadv2),
+    any(libc::SYS_pwritev2),
     any(libc::SYS_fdatasync),
     any(libc::SYS_fallocate),
-    any(libc::SYS_epoll_wait),
-    any(libc::SYS_poll),
 ];
+
+/// A disk's worker: its files.
+const BLOCK: &[Call] =
+    &[any(libc::SYS_preadv2), any(libc::SYS_pwritev2), any(libc::SYS_fdatasync), any(libc::SYS_fallocate)];
 
 /// A shared directory's worker: everything about files that the guest may ask for, always on descriptors.
 const FS: &[Call] = &[
@@ -292,12 +306,19 @@ const SUPERVISOR: &[Call] = &[
 
 /// The calls of a kind of thread.
 pub(super) fn of(thread: Thread) -> Vec<&'static Call> {
-    let own = match thread {
-        Thread::Vcpu => VCPU,
-        Thread::Devices => DEVICES,
-        Thread::Block => BLOCK,
-        Thread::Fs => FS,
-        Thread::Supervisor => SUPERVISOR,
+    let (own, more): (&[_], &[_]) = match thread {
+        Thread::Vcpu => (VCPU, &[]),
+        Thread::Devices => (DEVICES, CONTROL),
+        Thread::Block => (BLOCK, &[]),
+        Thread::Fs => (FS, &[]),
+        Thread::Supervisor => (SUPERVISOR, &[]),
     };
-    COMMON.iter().chain(own).collect()
+    COMMON.iter().chain(own).chain(more).collect()
+}
+
+/// The numbers of all calls that a guest can have processors' threads and the main thread make.
+#[cfg(test)]
+pub(super) fn guest_driven() -> std::collections::BTreeSet<i64> {
+    let calls = COMMON.iter().chain(VCPU).chain(DEVICES);
+    calls.map(|(number, _)| *number).filter(|number| !REFUSED.contains(number)).collect()
 }

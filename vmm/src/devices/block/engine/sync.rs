@@ -11,6 +11,7 @@ use std::{
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Action, Completion, Operation, Step};
+use crate::{jail, seccomp};
 
 /// Deep enough for a system call's frame; the worker allocates nothing on it.
 const STACK: usize = 64 << 10;
@@ -62,7 +63,10 @@ impl SyncEngine {
         });
         let worker = thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn({
             let shared = shared.clone();
-            move || work(&shared)
+            move || {
+                jail::confine_thread_or_abort(seccomp::Thread::Block);
+                work(&shared);
+            }
         })?;
         Ok(Self { shared, worker: Some(worker) })
     }
