@@ -11,7 +11,7 @@ use caisson_vmm::{
     memory::GuestMem,
     virtio::{
         DeviceEvent, PollSource, VirtioDevice,
-        mmio::{IrqLine, MmioTransport, Watcher},
+        mmio::{IrqLine, MmioTransport, TransportState, Watcher},
     },
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -119,14 +119,7 @@ pub fn play(
 ) {
     let queues = device.queue_sizes().len() as u64;
     let transport = MmioTransport::new(device, mem.clone(), Arc::new(Silent), Arc::new(Silent));
-    let mut driver = Driver {
-        mem: mem.clone(),
-        transport,
-        queues,
-        available: vec![0; queues as usize],
-        descriptors: vec![0; queues as usize],
-        data: DATA,
-    };
+    let mut driver = Driver::new(mem, transport, queues);
     driver.set_up(session.refused);
     for step in session.steps.iter().take(200) {
         match step {
@@ -137,7 +130,36 @@ pub fn play(
     driver.poll();
 }
 
+/// Plays a session against a device that goes on from a saved state, wherever that left its queues.
+pub fn play_restored(
+    state: &TransportState,
+    mem: &GuestMem,
+    device: Box<dyn VirtioDevice>,
+    session: Option<&Session>,
+) {
+    let queues = device.queue_sizes().len() as u64;
+    let restored = MmioTransport::from_state(device, mem.clone(), Arc::new(Silent), Arc::new(Silent), state);
+    let Ok(mut transport) = restored else { return };
+    transport.kick();
+    let mut driver = Driver::new(mem, transport, queues);
+    driver.poll();
+    for step in session.iter().flat_map(|session| &session.steps).take(200) {
+        driver.step(step);
+    }
+}
+
 impl Driver {
+    fn new(mem: &GuestMem, transport: MmioTransport, queues: u64) -> Self {
+        Self {
+            mem: mem.clone(),
+            transport,
+            queues,
+            available: vec![0; queues as usize],
+            descriptors: vec![0; queues as usize],
+            data: DATA,
+        }
+    }
+
     fn register(&mut self, offset: u64, value: u64) {
         let bytes = (value as u32).to_le_bytes();
         self.transport.write(offset, &bytes);
