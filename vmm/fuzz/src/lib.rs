@@ -4,7 +4,7 @@
 //! a device that does not come to rest: each event is handled once, and a device that works on without end trips
 //! libFuzzer's timeout.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
 use caisson_vmm::{
@@ -70,12 +70,19 @@ impl IrqLine for Silent {
     fn pulse(&self) {}
 }
 
-impl Watcher for Silent {
-    fn watch(&self, _sources: &[PollSource]) -> std::io::Result<()> {
+/// Remembers what an active device waits for.
+#[derive(Default)]
+struct Watched(Mutex<Vec<PollSource>>);
+
+impl Watcher for Watched {
+    fn watch(&self, sources: &[PollSource]) -> std::io::Result<()> {
+        *self.0.lock().expect("a lock") = sources.to_vec();
         Ok(())
     }
 
-    fn unwatch(&self, _sources: &[PollSource]) {}
+    fn unwatch(&self, _sources: &[PollSource]) {
+        self.0.lock().expect("a lock").clear();
+    }
 }
 
 /// Where a register is.
@@ -97,6 +104,7 @@ mod register {
 struct Driver {
     mem: GuestMem,
     transport: MmioTransport,
+    watched: Arc<Watched>,
     queues: u64,
     available: Vec<u16>,
     descriptors: Vec<u16>,
@@ -118,8 +126,9 @@ pub fn play(
     host: &mut dyn FnMut(u8, &[u8]),
 ) {
     let queues = device.queue_sizes().len() as u64;
-    let transport = MmioTransport::new(device, mem.clone(), Arc::new(Silent), Arc::new(Silent));
-    let mut driver = Driver::new(mem, transport, queues);
+    let watched = Arc::<Watched>::default();
+    let transport = MmioTransport::new(device, mem.clone(), Arc::new(Silent), watched.clone());
+    let mut driver = Driver::new(mem, transport, watched, queues);
     driver.set_up(session.refused);
     for step in session.steps.iter().take(200) {
         match step {
@@ -138,10 +147,11 @@ pub fn play_restored(
     session: Option<&Session>,
 ) {
     let queues = device.queue_sizes().len() as u64;
-    let restored = MmioTransport::from_state(device, mem.clone(), Arc::new(Silent), Arc::new(Silent), state);
+    let watched = Arc::<Watched>::default();
+    let restored = MmioTransport::from_state(device, mem.clone(), Arc::new(Silent), watched.clone(), state);
     let Ok(mut transport) = restored else { return };
     transport.kick();
-    let mut driver = Driver::new(mem, transport, queues);
+    let mut driver = Driver::new(mem, transport, watched, queues);
     driver.poll();
     for step in session.iter().flat_map(|session| &session.steps).take(200) {
         driver.step(step);
@@ -149,10 +159,11 @@ pub fn play_restored(
 }
 
 impl Driver {
-    fn new(mem: &GuestMem, transport: MmioTransport, queues: u64) -> Self {
+    fn new(mem: &GuestMem, transport: MmioTransport, watched: Arc<Watched>, queues: u64) -> Self {
         Self {
             mem: mem.clone(),
             transport,
+            watched,
             queues,
             available: vec![0; queues as usize],
             descriptors: vec![0; queues as usize],
@@ -235,10 +246,8 @@ impl Driver {
     }
 
     fn poll(&mut self) {
-        if !self.transport.is_active() {
-            return;
-        }
-        for source in self.transport.device_mut().poll_sources() {
+        let sources = self.watched.0.lock().expect("a lock").clone();
+        for source in sources {
             // Spurious events are allowed, so nothing needs to be waited for.
             let event = DeviceEvent::Source { token: source.token, events: source.events | EventSet::IN };
             self.transport.process(event);
