@@ -4,6 +4,7 @@ use std::error::Error;
 use std::os::unix::process::parent_id;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use caisson_agent::options::{Command, Listen, OptionError, Options, USAGE};
 use caisson_agent::reaper::Reaper;
@@ -18,6 +19,8 @@ use tracing::{error, info, warn};
 const WORKER_STACK: usize = 256 << 10;
 /// Blocking workers at a time. They come and go with the work.
 const WORKERS: usize = 16;
+/// How long calls in flight may take once everything has ended.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Grace of a shutdown that a signal asked for.
 const SIGNAL_GRACE_MS: u32 = 3_000;
 
@@ -122,9 +125,10 @@ fn serve(
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let by_signal = Shutdown { reboot: false, grace_ms: SIGNAL_GRACE_MS };
+        let mut server = tokio::spawn(service::serve(state.clone(), incoming));
         let how = tokio::select! {
-            result = service::serve(state.clone(), incoming) => {
-                result?;
+            result = &mut server => {
+                result??;
                 by_signal
             }
             how = shutdown.wait_for(Option::is_some) => how.ok().and_then(|how| *how).unwrap_or(by_signal),
@@ -136,6 +140,9 @@ fn serve(
         if is_init {
             init::end_processes(how).await;
         }
+        state.closing.send_replace(true);
+        // So that the last events reach the host; calls that wait for what will not happen are cut off.
+        let _ = tokio::time::timeout(LAST_WORDS, server).await;
         Ok(how)
     })
 }

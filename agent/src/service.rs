@@ -42,7 +42,7 @@ use crate::state::State;
 use crate::storage::Storages;
 use crate::transfer::Transfers;
 
-/// Serves both ports until the process ends.
+/// Serves both ports until the state is closing, and then until the calls in flight have ended.
 ///
 /// # Errors
 /// When the transport under the control connections fails.
@@ -62,10 +62,15 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), toni
         }
     });
     let control = ReceiverStream::new(incoming.control).map(Ok::<_, Infallible>);
+    let mut closing = state.closing.subscribe();
+    let closed = async move {
+        // An error means that the state is gone, and with it the reason to serve.
+        let _ = closing.wait_for(|&closing| closing).await;
+    };
     Server::builder()
         .max_concurrent_streams(limits::MAX_IN_FLIGHT)
         .http2_max_header_list_size(16 << 10)
-        .serve_with_incoming(Router::new(state), control)
+        .serve_with_incoming_shutdown(Router::new(state), control, closed)
         .await
 }
 

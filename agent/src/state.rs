@@ -41,6 +41,8 @@ pub struct State {
     pub listening_us: AtomicU64,
     /// Set once a shutdown has begun: whether to reboot, and how long processes get, in milliseconds.
     pub shutdown: watch::Sender<Option<Shutdown>>,
+    /// Set when nothing will happen any more: streams end after what they have not sent yet.
+    pub closing: watch::Sender<bool>,
     degraded: AtomicBool,
     faults: Mutex<VecDeque<String>>,
     policy: Mutex<Policy>,
@@ -72,6 +74,7 @@ impl State {
             started_us: clock::boottime_us(),
             listening_us: AtomicU64::new(0),
             shutdown: watch::Sender::new(None),
+            closing: watch::Sender::new(false),
             degraded: AtomicBool::new(false),
             faults: Mutex::default(),
             policy: Mutex::default(),

@@ -6,6 +6,7 @@
 //! | [`containerd`] | a private containerd: configuration for 1.7 and 2.x, start, images, stop |
 //! | [`cri`] | a small CRI client, the kubelet's side |
 //! | [`ctr`] | containerd's own client, as a person types it |
+//! | [`agent`] | the agent as a plain process, and a client of it |
 //! | [`guest`] | Linux guests booted by something other than containerd |
 //! | [`vmm`] | Linux guests in our own VMM |
 //! | [`vsock`] | a guest of our own VMM that serves vsock ports |
@@ -14,6 +15,7 @@
 //! A test is an ordinary `#[test]` that says "run this on a machine with KVM and containerd". It fails, and does
 //! not skip, when something that it needs is missing: the runner (`cargo xtask test`) provides all of it.
 
+pub mod agent;
 pub mod containerd;
 pub mod cri;
 pub mod ctr;

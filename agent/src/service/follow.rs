@@ -27,7 +27,10 @@ where
     tokio::spawn(async move {
         let ring = ring(&state);
         let mut next = from;
+        let mut closing = state.closing.subscribe();
         loop {
+            // Before the ring is read: what comes before the end is still sent.
+            let ends = *closing.borrow_and_update();
             let items = match ring.read(next) {
                 Ok(items) => items,
                 Err(gap) => {
@@ -36,11 +39,12 @@ where
                 }
             };
             if items.is_empty() {
-                if !follow {
+                if !follow || ends {
                     return;
                 }
                 tokio::select! {
                     () = ring.wait(next) => continue,
+                    _ = closing.changed() => continue,
                     () = sender.closed() => return,
                 }
             }
