@@ -103,10 +103,23 @@ impl Vmm {
     /// # Errors
     /// When the binary is missing.
     pub fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// Starts a process without a machine in a jail: descriptors are all that it can be given.
+    ///
+    /// # Errors
+    /// When the binary is missing.
+    pub fn start_jailed() -> Result<Self> {
+        Self::start_with(&["--jail", "/dev/null"])
+    }
+
+    fn start_with(arguments: &[&str]) -> Result<Self> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let child = Command::new(Product::Vmm.path()?)
             .args(["--control-fd", "0", "--log-level", "info"])
+            .args(arguments)
             .stdin(Stdio::from(theirs))
             .spawn()
             .context("starting caisson-vmm")?;
@@ -139,6 +152,23 @@ impl Vmm {
         config.console.output = Some(FileSource::Descriptor(0));
         let console = vmm.console_writer.try_clone()?;
         vmm.client.create(config, &[console.as_fd()])?;
+        vmm.client.boot()?;
+        Ok(vmm)
+    }
+
+    /// Boots in a jail. The kernel and the initramfs are handed over as descriptors.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn boot_jailed(mut config: MachineConfig, workshop: &Workshop) -> Result<Self> {
+        let mut vmm = Self::start_jailed()?;
+        let console = vmm.console_writer.try_clone()?;
+        let (kernel, initramfs) =
+            (File::open(Product::Kernel.path()?)?, File::open(workshop.path("initramfs"))?);
+        config.console.output = Some(FileSource::Descriptor(0));
+        config.kernel.image = FileSource::Descriptor(1);
+        config.kernel.initramfs = Some(FileSource::Descriptor(2));
+        vmm.client.create(config, &[console.as_fd(), kernel.as_fd(), initramfs.as_fd()])?;
         vmm.client.boot()?;
         Ok(vmm)
     }
@@ -183,7 +213,9 @@ impl Vmm {
         }
     }
 
-    fn tail(&self) -> String {
+    /// The console's last lines.
+    #[must_use]
+    pub fn tail(&self) -> String {
         let from = self.transcript.len().saturating_sub(40);
         self.transcript.get(from..).unwrap_or_default().join("\n")
     }
@@ -212,20 +244,20 @@ impl Drop for Vmm {
     }
 }
 
-/// Runs `caisson-vmm` with a machine file's text and returns its exit code and standard error.
+/// Runs `caisson-vmm` with a machine file's text, in a jail or not, and returns its exit code and standard error.
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn run_machine_file(text: &str, directory: &Path) -> Result<(i32, String)> {
+pub fn run_machine_file(text: &str, directory: &Path, jailed: bool) -> Result<(i32, String)> {
     let path = directory.join("machine.toml");
     std::fs::write(&path, text)?;
-    let output = Command::new("timeout")
-        .arg("60")
-        .arg(Product::Vmm.path()?)
-        .arg("--config")
-        .arg(&path)
-        .stdin(Stdio::null())
-        .output()?;
+    let mut command = Command::new("timeout");
+    command.arg("60").arg(Product::Vmm.path()?).arg("--config").arg(&path).stdin(Stdio::null());
+    if jailed {
+        // An empty file: the jail as it is by default.
+        command.args(["--jail", "/dev/null"]);
+    }
+    let output = command.output()?;
     let code = output.status.code().context("killed by a signal")?;
     ensure!(code != 124, "still running");
     Ok((code, String::from_utf8_lossy(&output.stderr).into_owned()))

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use caisson_e2e::vmm::{Vmm, Workshop};
 use caisson_vmm::{
     config::{BlockDevice, DeviceConfig, FileSource},
-    control::protocol::{RestoreCommand, RestoredDevice},
+    control::protocol::{Resize, RestoreCommand, RestoredDevice},
 };
 
 const COUNTING: &str = "
@@ -125,5 +125,36 @@ fn what_is_not_a_whole_snapshot_is_refused() -> Result<()> {
     File::options().write(true).open(&memory)?.set_len(1 << 20)?;
     let error = Vmm::restore(command(&state, &memory, Vec::new())).err().map(|error| error.to_string());
     ensure!(error.as_deref().is_some_and(|error| error.contains("memory file")), "{error:?}");
+    Ok(())
+}
+
+/// Everything that a controller can ask for, with every thread's system call filter in place.
+#[test]
+fn a_jailed_machine_is_resized_plugged_and_saved() -> Result<()> {
+    let workshop = Workshop::new(COUNTING)?;
+    let mut config = workshop.config("slots = 6\ncpus.max = 2\nmemory.hotplug_mib = 256\n")?;
+    config.devices.push(DeviceConfig::Rng(Default::default()));
+    config.devices.push(DeviceConfig::Balloon(Default::default()));
+    let mut vmm = Vmm::boot_jailed(config, &workshop)?;
+    vmm.expect("tick 1 of")?;
+    vmm.client.resize(Resize { cpus: Some(2), plugged_mib: Some(128), balloon_mib: Some(8) })?;
+    let path = workshop.disk("disk", "content", 1 << 20)?;
+    let disk = File::options().read(true).write(true).open(path)?;
+    let device = BlockDevice { files: vec![FileSource::Descriptor(0)], options: Default::default() };
+    vmm.client.plug(Some(5), DeviceConfig::Block(device), &[disk.as_fd()])?;
+    vmm.client.unplug(5, false)?;
+    vmm.client.metrics()?;
+    vmm.expect("tick 9 of")?;
+    let (state, memory) = (workshop.path("state"), workshop.path("memory"));
+    save(&mut vmm, &state, &memory)?;
+    vmm.client.resume()?;
+    let (count, _) = tick(&vmm.expect("tick")?)?;
+    vmm.expect(&format!("tick {}", count + 3))?;
+    vmm.client.shutdown()?;
+    ensure!(vmm.wait()?.success());
+
+    let mut copy = Vmm::restore(command(&state, &memory, Vec::new()))?;
+    copy.client.resume()?;
+    copy.expect(&format!("tick {}", count + 3))?;
     Ok(())
 }

@@ -208,8 +208,8 @@ impl Slots {
     /// When the slot is empty or its driver is still bound.
     pub fn unplug(&self, slot: u8, force: bool) -> Result<(), SlotError> {
         let place = self.place(slot)?;
-        let active = place.slot.with(|transport| transport.is_active()).ok_or(SlotError::Empty(slot))?;
-        if active && !force {
+        let bound = place.slot.with(|transport| transport.is_bound()).ok_or(SlotError::Empty(slot))?;
+        if bound && !force {
             return Err(SlotError::Busy(slot));
         }
         if let Some(mut transport) = place.slot.take() {

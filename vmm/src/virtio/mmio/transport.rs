@@ -158,6 +158,12 @@ impl MmioTransport {
         device.downcast_mut()
     }
 
+    /// Whether a driver is bound to it. (Linux leaves ACKNOWLEDGE set after its driver has let go.)
+    #[must_use]
+    pub fn is_bound(&self) -> bool {
+        self.status.contains(Status::DRIVER)
+    }
+
     /// Whether a driver is using it.
     #[must_use]
     pub fn is_active(&self) -> bool {
