@@ -121,6 +121,7 @@ const VCPU_IOCTLS: &[u64] = &[
 /// machine, and of taps.
 const VM_IOCTLS: &[u64] = &[
     0xae03,      // KVM_CHECK_EXTENSION
+    0xc004_ae02, // KVM_GET_MSR_INDEX_LIST
     0xae41,      // KVM_CREATE_VCPU
     0x4010_ae42, // KVM_GET_DIRTY_LOG
     0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
