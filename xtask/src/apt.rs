@@ -83,6 +83,14 @@ impl Suite {
     }
 }
 
+/// The Debian mirror that the host itself uses.
+///
+/// # Errors
+/// When the host's own sources name none.
+pub(crate) fn mirror() -> Result<String> {
+    Ok(Mirrors::of_host()?.archive)
+}
+
 /// Where the host takes its own packages from.
 #[derive(Debug, PartialEq, Eq)]
 struct Mirrors {

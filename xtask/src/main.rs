@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`kernel`] | the guest kernel, from Debian's sources and `guest-kernel-config/` |
 //! | [`initramfs`] | cpio archives; the guest's initramfs, which is the agent |
+//! | [`images`] | the tests' container images, as OCI archives |
 //! | [`testbed`] | an emulated machine with KVM and containerd: build, boot, run a command in it |
 //! | [`products`] | our own binaries, built for release |
 //! | [`test`](mod@test) | every check and test, in order, with a summary |
@@ -20,6 +21,7 @@ mod cache;
 mod demo;
 mod fuzz;
 mod host;
+mod images;
 mod initramfs;
 mod kernel;
 mod proc;

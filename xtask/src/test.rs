@@ -11,7 +11,7 @@ use clap::Args;
 
 use crate::{
     host::{Host, cargo},
-    initramfs,
+    images, initramfs,
     kernel::{self, KernelArgs},
     proc, products,
     steps::Steps,
@@ -45,7 +45,7 @@ pub(crate) struct TestArgs {
     /// The long soaks (whole-system tests marked `#[ignore]`) instead of all others.
     #[arg(long)]
     soak: bool,
-    /// The directory with the container images as OCI archives, below the target or cache directory.
+    /// Take the container images from this directory, below the target or cache directory, instead of making them.
     #[arg(long, env = "CAISSON_IMAGES")]
     images: Option<PathBuf>,
 }
@@ -104,15 +104,17 @@ struct Parts {
 
 fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<Parts> {
     let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
-    let images = steps.run("images", || images(args))?;
+    let images = steps.run("images", || images(host, args))?;
     let products = steps.run("release builds", || products::build(host))?;
     let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
     let archive = steps.run("building the whole-system tests", || archive(host, &products))?;
     Some(Parts { products, kernel, initramfs, images, archive })
 }
 
-fn images(args: &TestArgs) -> Result<PathBuf> {
-    let directory = args.images.as_ref().context("no images: name their directory by --images")?;
+fn images(host: &Host, args: &TestArgs) -> Result<PathBuf> {
+    let Some(directory) = &args.images else {
+        return images::build(host);
+    };
     ensure!(directory.join("busybox.tar").exists(), "{} has no busybox.tar", directory.display());
     directory.canonicalize().with_context(|| format!("finding {}", directory.display()))
 }
