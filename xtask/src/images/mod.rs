@@ -14,6 +14,7 @@ mod layer;
 use std::{
     ffi::OsString,
     fs,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -125,7 +126,10 @@ fn applets(busybox: &[u8]) -> Result<Vec<String>> {
     let file = tempfile::NamedTempFile::new()?.into_temp_path();
     fs::write(&file, busybox)?;
     layer::make_executable(&file)?;
-    let output = Command::new(&file).arg("--list").output().context("running busybox --list")?;
+    // It takes any other name of its own for an applet's.
+    let output =
+        Command::new(&file).arg0("busybox").arg("--list").output().context("running busybox --list")?;
+    ensure!(output.status.success(), "busybox --list failed: {}", String::from_utf8_lossy(&output.stderr));
     let list = String::from_utf8(output.stdout).context("busybox --list")?;
     Ok(list.lines().filter(|name| *name != "busybox").map(str::to_owned).collect())
 }
