@@ -10,7 +10,7 @@
 //! - [`pod`]: the namespaces that containers share; [`storage`]: file systems that the host names;
 //!   [`transfer`]: files in and out, connections into the pod.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
-//! - [`container`]: OCI containers; knows neither gRPC nor vsock.
+//! - [`container`]: OCI containers; knows neither gRPC nor vsock; [`oci`]: the runtime specification's types.
 
 pub mod clock;
 pub mod connection;
@@ -21,6 +21,7 @@ pub mod log;
 pub mod metrics;
 pub mod namespace;
 pub mod network;
+pub mod oci;
 pub mod options;
 pub mod pod;
 pub mod reaper;

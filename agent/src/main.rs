@@ -25,6 +25,10 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 const SIGNAL_GRACE_MS: u32 = 3_000;
 
 fn main() -> ExitCode {
+    // Before anything else: a helper has one thread, and no business with the rest.
+    if let Some(code) = caisson_agent::container::init::run_if_helper() {
+        return code;
+    }
     if std::process::id() == 1 && parent_id() == 0 {
         run_as_init();
         // Returning would be a kernel panic. The VMM ends the machine when it sees the halted processor.

@@ -1,0 +1,95 @@
+//! A process's terminal and standard streams.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::stat::{fstat, makedev};
+use nix::sys::statfs::fstatfs;
+use nix::unistd::{Gid, Uid, fchown};
+
+use super::root::Root;
+use crate::container::{Error, sys};
+use crate::oci::Process;
+
+/// A pseudo-terminal of the container's devpts.
+pub(super) struct Terminal {
+    master: OwnedFd,
+    slave: OwnedFd,
+}
+
+/// Makes a terminal. The slave is opened through the master, without a look at any path.
+pub(super) fn open(root: &Root, process: &Process) -> Result<Terminal, Error> {
+    const DEVPTS_SUPER_MAGIC: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x1cd1);
+    let failed = || Error::apply("process.terminal", "open a terminal in the container's /dev/pts");
+    let master = root.open(Path::new("/dev/pts/ptmx"), libc::O_RDWR | libc::O_NOCTTY).map_err(failed())?;
+    let stat = fstat(&master).map_err(|errno| failed()(errno.into()))?;
+    let real = fstatfs(&master).is_ok_and(|fs| fs.filesystem_type() == DEVPTS_SUPER_MAGIC);
+    if !real || stat.st_rdev != makedev(5, 2) {
+        return Err(Error::invalid("process.terminal", "the container's /dev/pts/ptmx is not the real one"));
+    }
+    let slave = sys::open_terminal_peer(master.as_fd()).map_err(failed())?;
+    if let Some(size) = process.console_size {
+        // Checked to fit.
+        let fit = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
+        sys::resize(slave.as_fd(), fit(size.width), fit(size.height))
+            .map_err(Error::apply("process.consoleSize", "set the size"))?;
+    }
+    fchown(&slave, Some(Uid::from_raw(process.user.uid)), None)
+        .map_err(|errno| Error::apply("process.user", "give the terminal to the user")(errno.into()))?;
+    Ok(Terminal { master, slave })
+}
+
+/// Puts the terminal at `/dev/console`.
+pub(super) fn mount(root: &Root, terminal: &Terminal) -> Result<(), Error> {
+    let failed = || Error::apply("process.terminal", "mount /dev/console");
+    let target = root.file(Path::new("/dev/console")).map_err(failed())?;
+    let tree = sys::open_tree(Some(terminal.slave.as_fd()), c"", sys::OPEN_TREE_CLONE).map_err(failed())?;
+    sys::move_mount(tree.as_fd(), target.as_fd()).map_err(failed())
+}
+
+impl Terminal {
+    /// Makes it this process's controlling terminal and standard streams; returns the master.
+    pub(super) fn take_over(self) -> Result<OwnedFd, Error> {
+        let failed = || Error::apply("process.terminal", "make it the controlling terminal");
+        sys::ioctl(self.slave.as_fd(), libc::TIOCSCTTY, 0).map_err(failed())?;
+        for stream in 0..=2 {
+            replace_stream(self.slave.as_fd(), stream).map_err(failed())?;
+        }
+        Ok(self.master)
+    }
+}
+
+fn replace_stream(by: BorrowedFd<'_>, stream: i32) -> io::Result<()> {
+    // SAFETY: the standard streams are nobody's but the program's to be.
+    sys::check(unsafe { libc::dup2(by.as_raw_fd(), stream) }.into())?;
+    Ok(())
+}
+
+/// Gives the streams to the user, so that it can open `/dev/stdout` anew, and exchanges the guest's null device, which
+/// is not the container's to change the mode of, for the container's own.
+pub(super) fn own_streams(root: &Root, process: &Process) -> Result<(), Error> {
+    let failed = || Error::system("set the standard streams");
+    let null_device = makedev(1, 3);
+    for stream in 0..=2 {
+        // SAFETY: the helper is started with all three open.
+        let fd = unsafe { BorrowedFd::borrow_raw(stream) };
+        let stat = fstat(fd).map_err(|errno| failed()(errno.into()))?;
+        if stat.st_mode & libc::S_IFMT == libc::S_IFCHR && stat.st_rdev == null_device {
+            let own = match root.open(Path::new("/dev/null"), libc::O_RDWR) {
+                Ok(own) => own,
+                // Without a /dev the stream stays what it is.
+                Err(_) => continue,
+            };
+            if fstat(&own)
+                .is_ok_and(|own| own.st_mode & libc::S_IFMT == libc::S_IFCHR && own.st_rdev == null_device)
+            {
+                replace_stream(own.as_fd(), stream).map_err(failed())?;
+            }
+        } else if stat.st_uid != process.user.uid {
+            // A file system or a user namespace may not let go of it; the stream works all the same.
+            let _ = fchown(fd, Some(Uid::from_raw(process.user.uid)), Some(Gid::from_raw(process.user.gid)));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! Entering and making namespaces.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+use libc::c_int;
+
+use super::Agent;
+use super::wire::{Answer, ExecSetup};
+use crate::container::{Error, sys};
+use crate::oci::{Linux, NamespaceKind};
+
+fn flag(kind: NamespaceKind) -> c_int {
+    match kind {
+        NamespaceKind::Pid => libc::CLONE_NEWPID,
+        NamespaceKind::Network => libc::CLONE_NEWNET,
+        NamespaceKind::Mount => libc::CLONE_NEWNS,
+        NamespaceKind::Ipc => libc::CLONE_NEWIPC,
+        NamespaceKind::Uts => libc::CLONE_NEWUTS,
+        NamespaceKind::User => libc::CLONE_NEWUSER,
+        NamespaceKind::Cgroup => libc::CLONE_NEWCGROUP,
+        NamespaceKind::Time => 0x80,
+    }
+}
+
+/// Joins the namespaces that are given by path and makes the others. A PID or time namespace is the next child's.
+pub(super) fn enter(agent: &mut Agent, linux: &Linux) -> Result<(), Error> {
+    let mut joined: Vec<(String, c_int, OwnedFd)> = Vec::new();
+    for (index, namespace) in linux.namespaces.iter().enumerate() {
+        if let Some(path) = &namespace.path {
+            let field = format!("linux.namespaces[{index}].path");
+            let file = File::open(path).map_err(Error::apply(&field, "open the namespace"))?;
+            joined.push((field, flag(namespace.kind), file.into()));
+        }
+    }
+    // The user namespace last: the others may belong to the agent's.
+    joined.sort_by_key(|&(_, flag, _)| flag == libc::CLONE_NEWUSER);
+    for (field, flag, namespace) in &joined {
+        sys::setns(namespace.as_fd(), *flag).map_err(Error::apply(field, "join the namespace"))?;
+    }
+    let made = linux.namespaces.iter().filter(|namespace| namespace.path.is_none());
+    let flags = made.fold(0, |flags, namespace| flags | flag(namespace.kind));
+    sys::unshare(flags).map_err(Error::apply("linux.namespaces", "make the namespaces"))?;
+    let user = linux.creates(NamespaceKind::User);
+    if user || linux.creates(NamespaceKind::Time) {
+        agent.answer(Answer::Unshared, None)?;
+        agent.proceed()?;
+    }
+    if linux.namespace(NamespaceKind::User).is_some() {
+        become_root()?;
+    }
+    Ok(())
+}
+
+/// Joins the namespaces of a running container's first process.
+pub(super) fn join(setup: &ExecSetup) -> Result<(), Error> {
+    let failed = || Error::system("join the container's namespaces");
+    let process = sys::pidfd_open(setup.init).map_err(failed())?;
+    // All at once, so that the order does not matter. Joining the user or time namespace one is in is an error.
+    let mut flags = [
+        NamespaceKind::Pid,
+        NamespaceKind::Network,
+        NamespaceKind::Mount,
+        NamespaceKind::Ipc,
+        NamespaceKind::Uts,
+        NamespaceKind::Cgroup,
+    ]
+    .into_iter()
+    .fold(0, |flags, kind| flags | flag(kind));
+    if setup.user_namespace {
+        flags |= flag(NamespaceKind::User);
+    }
+    if setup.time_namespace {
+        flags |= flag(NamespaceKind::Time);
+    }
+    sys::setns(process.as_fd(), flags).map_err(failed())?;
+    if setup.user_namespace { become_root() } else { Ok(()) }
+}
+
+/// Becomes root of the user namespace just entered, so that what is made belongs to it. A namespace that does not map
+/// 0 can do without.
+fn become_root() -> Result<(), Error> {
+    let failed = || Error::system("become root of the user namespace");
+    let root = (nix::unistd::Gid::from_raw(0), nix::unistd::Uid::from_raw(0));
+    nix::unistd::setgroups(&[]).map_err(|errno| failed()(errno.into()))?;
+    nix::unistd::setresgid(root.0, root.0, root.0).map_err(|errno| failed()(errno.into()))?;
+    nix::unistd::setresuid(root.1, root.1, root.1).map_err(|errno| failed()(errno.into()))?;
+    // Credentials changed; that made the process readable for others in its namespace.
+    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).map_err(failed())?;
+    Ok(())
+}
