@@ -185,6 +185,14 @@ impl Vmm {
         Ok(vmm)
     }
 
+    /// The console's end that a machine writes to.
+    ///
+    /// # Errors
+    /// When this process is out of descriptors.
+    pub fn console(&self) -> Result<OwnedFd> {
+        Ok(self.console_writer.try_clone()?)
+    }
+
     /// The process.
     #[must_use]
     pub fn pid(&self) -> u32 {

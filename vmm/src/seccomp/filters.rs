@@ -122,6 +122,7 @@ const VCPU_IOCTLS: &[u64] = &[
 const VM_IOCTLS: &[u64] = &[
     0xae03,      // KVM_CHECK_EXTENSION
     0xc004_ae02, // KVM_GET_MSR_INDEX_LIST
+    0xc008_ae05, // KVM_GET_SUPPORTED_CPUID
     0xae41,      // KVM_CREATE_VCPU
     0x4010_ae42, // KVM_GET_DIRTY_LOG
     0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
@@ -134,6 +135,7 @@ const VM_IOCTLS: &[u64] = &[
     0x8208_ae63, // KVM_SET_IRQCHIP
     0x8070_ae9f, // KVM_GET_PIT2
     0x4070_aea0, // KVM_SET_PIT2
+    0x8004_54d2, // TUNGETIFF
     0x4004_54d0, // TUNSETOFFLOAD
     0x4004_54d8, // TUNSETVNETHDRSZ
     0x5421,      // FIONBIO
