@@ -39,7 +39,7 @@ const BUSY_GUEST: &str = "
     echo ready
     echo 1 > /sys/devices/system/cpu/cpu1/online
     echo online $(cat /sys/devices/system/cpu/online)
-    for slot in 4 5; do
+    for slot in 5 6; do
         while ! echo virtio-mmio.$slot > $driver/bind 2>/dev/null; do usleep 20000; done
         use_disk vdc
         echo virtio-mmio.$slot > $driver/unbind
@@ -162,7 +162,7 @@ fn the_filters_let_pass_what_a_guest_and_a_controller_can_cause() -> Result<()> 
     vmm.client.resize(Resize { cpus: Some(2), ..Resize::default() })?;
     vmm.expect("ready")?;
     vmm.expect("online 0-1")?;
-    for (slot, engine) in [(4, IoEngine::Sync), (5, IoEngine::IoUring)] {
+    for (slot, engine) in [(5, IoEngine::Sync), (6, IoEngine::IoUring)] {
         let path = workshop.disk("late", "", 4 << 20)?;
         let file = File::options().read(true).write(true).open(path)?;
         let options = BlockConfig { engine, ..BlockConfig::default() };
@@ -182,7 +182,7 @@ fn the_filters_let_pass_what_a_guest_and_a_controller_can_cause() -> Result<()> 
     // What the jailed process cannot open it cannot be made to open.
     let disk =
         BlockDevice { files: vec![FileSource::Path("/etc/passwd".into())], options: Default::default() };
-    ensure!(vmm.client.plug(Some(6), DeviceConfig::Block(disk), &[]).is_err());
+    ensure!(vmm.client.plug(Some(7), DeviceConfig::Block(disk), &[]).is_err());
     ensure!(!vmm.transcript.iter().any(|line| line.contains("FAILED")), "{:?}", vmm.transcript);
     vmm.client.shutdown()?;
     let status = vmm.wait()?;

@@ -55,6 +55,8 @@ const SOCKET_PAIR: Call =
 pub(super) const REFUSED: &[i64] = &[
     // The C library makes threads by it, and falls back to clone, whose flags are where a filter sees them.
     libc::SYS_clone3,
+    // A controller names a file by its path: it has to hand over a descriptor, and learns that from the error.
+    libc::SYS_openat,
     // A socket in the host's view is removed by the supervisor outside; whoever made it tries in vain.
     libc::SYS_unlink,
     // A guest dials a port, and the machine was set up to find it by a path: that is a refused connection, and no
@@ -206,6 +208,7 @@ const CONTROL: &[Call] = &[
     any(libc::SYS_sysinfo),
     any(libc::SYS_mremap), // a large state
     any(libc::SYS_unlink), // "does not exist", see REFUSED
+    any(libc::SYS_openat), // "does not exist", see REFUSED
     // Starting threads.
     CLONE,
     any(libc::SYS_clone3), // "does not exist", see REFUSED
