@@ -164,7 +164,9 @@ impl Machine {
             Ok(event) => bail!("the testbed said {event:?} while its command ran"),
             Err(RecvTimeoutError::Timeout) => Err(TimedOut { limit }.into()),
             Err(RecvTimeoutError::Disconnected) => {
-                bail!("the testbed ended before its command:\n{}", self.console_tail())
+                let deadline = Instant::now() + Duration::from_secs(5);
+                let status = proc::wait_until(&mut self.qemu, deadline)?;
+                bail!("the testbed ended before its command (QEMU: {status}); {}", self.console_tail())
             }
         }
     }
