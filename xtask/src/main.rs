@@ -11,12 +11,14 @@
 //! | [`demo`] | what a newcomer runs first |
 //! | [`steps`] | a run of several steps, and where its time went |
 //! | [`fuzz`] | the fuzz targets of `vmm/fuzz` |
+//! | [`bench`] | what the VMM costs, beside QEMU's microvm |
 //! | [`host`] | where the workspace, the target directory and the cache are |
 //! | [`cache`] | entries named by the hash of what they are made from, atomic and safe against being killed |
 //! | [`apt`] | the host's missing packages, and packages of other suites without touching the host |
 //! | [`proc`] | child processes that end with xtask |
 
 mod apt;
+mod bench;
 mod cache;
 mod demo;
 mod fuzz;
@@ -63,10 +65,17 @@ enum Task {
     /// An emulated machine with a real KVM and containerd.
     #[command(subcommand)]
     Testbed(testbed::TestbedCommand),
+    /// Measure what things cost, in instructions.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
 }
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
+    // The half of the benchmarks that runs in the testbed has no workspace.
+    if let Task::Bench(bench::BenchCommand::Inside(args)) = &arguments.command {
+        return bench::inside::run(args);
+    }
     let host = Host::find()?;
     match arguments.command {
         Task::Kernel(args) => kernel::report(&kernel::build(&host, args)?)?,
@@ -74,6 +83,8 @@ fn main() -> Result<ExitCode> {
         Task::Test(args) => return test::run(&host, &args),
         Task::Demo(args) => return demo::run(&host, &args),
         Task::Fuzz(args) => fuzz::run(&host, &args)?,
+        Task::Bench(bench::BenchCommand::Vmm(args)) => return bench::vmm(&host, &args),
+        Task::Bench(bench::BenchCommand::Inside(args)) => return bench::inside::run(&args),
         Task::Testbed(command) => return testbed::run(&host, command),
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,284 @@
+//! The measurements, where there is a real KVM.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    net::TcpListener,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use super::{
+    guest,
+    machine::{Guest, Running, Vmm},
+    report::Figures,
+};
+
+/// Where the results are, in the directory.
+pub(super) const RESULTS: &str = "results.json";
+
+/// Bytes of the disk, all of which are read and half of which are written.
+const DISK: u64 = 128 << 20;
+/// Bytes that go through the network in each direction.
+const STREAM: usize = 64 << 20;
+/// Small requests for a latency.
+const REQUESTS: u32 = 500;
+/// Our address at the guest's cable.
+const HOST_ADDRESS: &str = "10.91.0.1";
+
+/// Options of the half that runs in the testbed.
+#[derive(Args, Debug)]
+pub(crate) struct InsideArgs {
+    /// Has `caisson-vmm` and `vmlinux`, and takes the results.
+    #[arg(long)]
+    directory: PathBuf,
+    /// Measure everything so many times.
+    #[arg(long)]
+    runs: usize,
+    /// Only starts and memory.
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Measures everything.
+///
+/// # Errors
+/// When a guest does not come as far as it should.
+pub(crate) fn run(args: &InsideArgs) -> Result<ExitCode> {
+    // Reading over the share would be measured, too.
+    let local = tempfile::tempdir().context("making a directory")?;
+    for name in ["caisson-vmm", "vmlinux"] {
+        fs::copy(args.directory.join(name), local.path().join(name))
+            .with_context(|| format!("copying {name}"))?;
+    }
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let instructions = command_line.contains("caisson.icount");
+    let mut figures = Figures { runs: args.runs, instructions, ..Figures::default() };
+    let bench = Bench { directory: local.path(), runs: args.runs };
+    bench.starts(&mut figures)?;
+    if !args.quick {
+        bench.throughput(&mut figures)?;
+    }
+    let results = serde_json::to_string(&figures).context("formatting the results")?;
+    fs::write(args.directory.join(RESULTS), results).context("writing the results")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Bench<'a> {
+    directory: &'a Path,
+    runs: usize,
+}
+
+impl Bench<'_> {
+    fn file(&self, name: &str, contents: &[u8]) -> Result<PathBuf> {
+        let path = self.directory.join(name);
+        fs::write(&path, contents).with_context(|| format!("writing {name}"))?;
+        Ok(path)
+    }
+
+    fn guest(&self, kernel: PathBuf, initramfs: PathBuf) -> Guest<'_> {
+        Guest { directory: self.directory, kernel, initramfs, disk: None, tap: None }
+    }
+
+    /// Spawn to init, the kernel's share of it, and memory.
+    fn starts(&self, figures: &mut Figures) -> Result<()> {
+        let kernel = self.directory.join("vmlinux");
+        let image = fs::read(&kernel).context("reading the kernel")?;
+        let stopped = self.file("vmlinux.stopped", &guest::stopped_kernel(&image)?)?;
+        let initramfs = self.file("small.cpio", &guest::minimal_initramfs()?)?;
+        let whole = self.guest(kernel, initramfs.clone());
+        let entered = self.guest(stopped, initramfs);
+        for vmm in Vmm::ALL {
+            eprintln!("==> starts of {}", vmm.name());
+            // The first start of each reads its files from the disk.
+            entered.start(vmm)?.mark().context("a start to the kernel's entry")?;
+            whole.start(vmm)?.mark().context("a start to init")?;
+            let (mut to_entry, mut to_init) = (Vec::new(), Vec::new());
+            let (mut private, mut resident) = (Vec::new(), Vec::new());
+            for _ in 0..self.runs {
+                to_entry.push(entered.start(vmm)?.mark()?);
+                let mut machine = whole.start(vmm)?;
+                to_init.push(machine.mark()?);
+                let memory = machine.memory()?;
+                private.push(as_f64(memory.private));
+                resident.push(as_f64(memory.guest));
+            }
+            let name = vmm.name();
+            figures.add("spawn_to_entry_minstr", name, to_entry);
+            figures.add("spawn_to_init_minstr", name, to_init);
+            figures.add("vmm_private_kb", name, private);
+            figures.add("guest_rss_booted_kb", name, resident);
+            let whole = figures.get("spawn_to_init_minstr", name).unwrap_or_default();
+            let own = figures.get("spawn_to_entry_minstr", name).unwrap_or_default();
+            figures.add("kernel_minstr", name, vec![whole - own]);
+        }
+        Ok(())
+    }
+
+    /// Block and network: how much in how long.
+    fn throughput(&self, figures: &mut Figures) -> Result<()> {
+        let initramfs = self.file("system.cpio", &guest::system_initramfs(SCRIPT)?)?;
+        let disk = self.file("disk", &[])?;
+        for vmm in Vmm::ALL {
+            let mut samples: Vec<(&str, Vec<f64>)> =
+                FIGURES.iter().map(|(name, ..)| (*name, Vec::new())).collect();
+            eprintln!("==> throughput of {}", vmm.name());
+            for _ in 0..self.runs {
+                fill(&disk)?;
+                let tap = tap::open("bench0")?;
+                set_up_network("bench0")?;
+                let server = Server::start()?;
+                let mut guest = self.guest(self.directory.join("vmlinux"), initramfs.clone());
+                guest.disk = Some(disk.clone());
+                guest.tap = Some(tap.as_raw_fd());
+                let mut machine = guest.start(vmm)?;
+                for ((_, step, amount), (_, values)) in FIGURES.iter().zip(&mut samples) {
+                    let took = step_of(&mut machine, step)?;
+                    values.push(match amount {
+                        Amount::Mebibytes(bytes) => as_f64(*bytes) / f64::from(1 << 20) / took.as_secs_f64(),
+                        Amount::Requests(count) => took.as_secs_f64() * 1e6 / f64::from(*count),
+                    });
+                }
+                drop(machine);
+                server.stop();
+            }
+            for (name, values) in samples {
+                figures.add(name, vmm.name(), values);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a figure is made of.
+enum Amount {
+    /// Bytes in the time of the step: MiB/s.
+    Mebibytes(u64),
+    /// Requests in the time of the step, one after the other: µs each.
+    Requests(u32),
+}
+
+/// The figures in the order of the script's steps: name, step, amount.
+const FIGURES: [(&str, &str, Amount); 6] = [
+    ("block_read_mib_s", "block-read", Amount::Mebibytes(DISK)),
+    ("block_write_mib_s", "block-write", Amount::Mebibytes(DISK / 2)),
+    ("block_read_4k_us", "block-latency", Amount::Requests(REQUESTS)),
+    ("net_receive_mib_s", "net-receive", Amount::Mebibytes(STREAM as u64)),
+    ("net_send_mib_s", "net-send", Amount::Mebibytes(STREAM as u64)),
+    ("net_round_trip_us", "net-latency", Amount::Requests(REQUESTS)),
+];
+
+/// Each step says `NAME+` before and `NAME-` after.
+const SCRIPT: &str = "\
+export PATH=/bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+ip link set lo up; ip addr add 10.91.0.2/24 dev eth0; ip link set eth0 up
+ping -c 1 -W 5 10.91.0.1 >/dev/null || echo no-network
+step() { echo $1+; shift; \"$@\" >/dev/null 2>&1 || echo failed: $*; }
+send() { dd if=/dev/zero bs=64k count=1024 2>/dev/null | nc 10.91.0.1 7002; }
+step block-read dd if=/dev/vda of=/dev/null bs=1M count=128 iflag=direct; echo block-read-
+step block-write dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct conv=fsync; echo block-write-
+step block-latency dd if=/dev/vda of=/dev/null bs=4k count=500 iflag=direct; echo block-latency-
+step net-receive nc 10.91.0.1 7001; echo net-receive-
+step net-send send; echo net-send-
+step net-latency ping -A -q -c 500 10.91.0.1; echo net-latency-
+while :; do sleep 1000; done
+";
+
+fn step_of(machine: &mut Running, step: &str) -> Result<Duration> {
+    let begin = machine.word(&format!("{step}+"))?;
+    let end = machine.word(&format!("{step}-"))?;
+    let heard = machine.heard();
+    ensure!(!heard.contains("failed:") && !heard.contains("no-network"), "{step}:\n{heard}");
+    Ok(end.duration_since(begin))
+}
+
+/// Fills the disk, so that there is something to read and nothing to allocate.
+fn fill(disk: &Path) -> Result<()> {
+    let mut file = File::create(disk).context("making the disk")?;
+    let block = [0x5a; 1 << 20];
+    for _ in 0..DISK >> 20 {
+        file.write_all(&block).context("filling the disk")?;
+    }
+    file.sync_all().context("filling the disk")
+}
+
+fn set_up_network(tap: &str) -> Result<()> {
+    let address = format!("{HOST_ADDRESS}/24");
+    for words in [vec!["addr", "add", &address, "dev", tap], vec!["link", "set", tap, "up"]] {
+        let status = Command::new("ip").args(&words).status().context("running ip")?;
+        ensure!(status.success(), "ip {} failed", words.join(" "));
+    }
+    Ok(())
+}
+
+/// The host's end of both streams.
+struct Server {
+    workers: Vec<thread::JoinHandle<io::Result<()>>>,
+}
+
+impl Server {
+    fn start() -> Result<Self> {
+        let source = TcpListener::bind((HOST_ADDRESS, 7001)).context("listening")?;
+        let sink = TcpListener::bind((HOST_ADDRESS, 7002)).context("listening")?;
+        let send = thread::spawn(move || {
+            let (mut stream, _) = source.accept()?;
+            let block = [0x5a; 64 << 10];
+            (0..STREAM / block.len()).try_for_each(|_| stream.write_all(&block))
+        });
+        let receive = thread::spawn(move || {
+            let (mut stream, _) = sink.accept()?;
+            io::copy(&mut stream, &mut io::sink()).map(|_| ())
+        });
+        Ok(Self { workers: vec![send, receive] })
+    }
+
+    fn stop(self) {
+        for worker in self.workers {
+            // A stream that broke shows as a step that failed.
+            let _ = worker.join();
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "figures are shown with two digits")]
+fn as_f64(value: u64) -> f64 {
+    value as f64
+}
+
+/// A tap device, as both VMMs take it.
+mod tap {
+    use super::{Context, File, OwnedFd, Result};
+
+    nix::ioctl_write_ptr_bad!(
+        set_interface,
+        nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()),
+        nix::libc::ifreq
+    );
+
+    /// Makes a tap device, which is gone with the descriptor. Children inherit it.
+    pub(super) fn open(name: &str) -> Result<OwnedFd> {
+        let file =
+            File::options().read(true).write(true).open("/dev/net/tun").context("opening /dev/net/tun")?;
+        // SAFETY: an ifreq is plain data.
+        let mut request: nix::libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = nix::libc::c_char::from_ne_bytes([from]);
+        }
+        let flags = nix::libc::IFF_TAP | nix::libc::IFF_NO_PI | nix::libc::IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = nix::libc::c_short::try_from(flags).context("flags")?;
+        // SAFETY: the kernel reads one ifreq.
+        unsafe { set_interface(std::os::fd::AsRawFd::as_raw_fd(&file), &request) }
+            .context("making a tap device")?;
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))
+            .context("passing the tap device on")?;
+        Ok(file.into())
+    }
+}
