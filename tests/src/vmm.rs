@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Write},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -147,11 +147,21 @@ impl Vmm {
     ///
     /// # Errors
     /// When the VMM refuses.
-    pub fn boot(mut config: MachineConfig) -> Result<Self> {
+    pub fn boot(config: MachineConfig) -> Result<Self> {
+        Self::boot_with(config, &[])
+    }
+
+    /// As [`boot`](Self::boot), with descriptors that the configuration names as `fd:1` and so on.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn boot_with(mut config: MachineConfig, descriptors: &[BorrowedFd<'_>]) -> Result<Self> {
         let mut vmm = Self::start()?;
         config.console.output = Some(FileSource::Descriptor(0));
         let console = vmm.console_writer.try_clone()?;
-        vmm.client.create(config, &[console.as_fd()])?;
+        let descriptors: Vec<_> =
+            std::iter::once(console.as_fd()).chain(descriptors.iter().copied()).collect();
+        vmm.client.create(config, &descriptors)?;
         vmm.client.boot()?;
         Ok(vmm)
     }

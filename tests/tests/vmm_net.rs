@@ -1,0 +1,132 @@
+//! Network cards: what goes through the tap arrives whole in both directions, with offloads and large frames.
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    net::TcpListener,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    process::{Command, Stdio},
+    thread,
+};
+
+use anyhow::{Context, Result, ensure};
+use caisson_e2e::vmm::{PATIENCE, Vmm, Workshop};
+use nix::libc;
+
+/// TUNSETIFF of linux/if_tun.h, whose number names another type than what it takes.
+#[allow(missing_docs, reason = "nix's macro leaves no place for them")]
+mod ioctl {
+    use nix::libc;
+
+    nix::ioctl_write_ptr_bad!(
+        set_interface,
+        nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
+}
+
+const STREAM: usize = 24 << 20;
+
+/// A tap device that is gone with its descriptor.
+fn tap(name: &str) -> Result<OwnedFd> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun").context("opening /dev/net/tun")?;
+    // SAFETY: an ifreq is plain data.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    request.ifr_ifru.ifru_flags =
+        libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)?;
+    // SAFETY: the kernel reads one ifreq.
+    unsafe { ioctl::set_interface(file.as_raw_fd(), &request) }.context("making a tap device")?;
+    Ok(file.into())
+}
+
+fn ip(words: &str) -> Result<()> {
+    let status = Command::new("ip").args(words.split(' ')).status().context("running ip")?;
+    ensure!(status.success(), "ip {words} failed");
+    Ok(())
+}
+
+/// Bytes in which a lost, doubled or moved piece shows.
+fn stream() -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let words = (0..STREAM / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.collect()
+}
+
+fn sha256(bytes: &[u8]) -> Result<String> {
+    let mut child = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("sha256sum")?;
+    child.stdin.take().context("no pipe")?.write_all(bytes)?;
+    let output = child.wait_with_output()?;
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.split_whitespace().next().unwrap_or_default().to_owned())
+}
+
+/// Streams both ways through a card with this MTU, on a subnet of its own.
+fn streams_arrive_whole(name: &str, subnet: u8, mtu: u16) -> Result<()> {
+    let tap = tap(name)?;
+    let host = format!("10.92.{subnet}.1");
+    ip(&format!("addr add {host}/24 dev {name}"))?;
+    ip(&format!("link set {name} mtu {mtu} up"))?;
+    let down = TcpListener::bind((host.as_str(), 7001))?;
+    let up = TcpListener::bind((host.as_str(), 7002))?;
+    let sent = stream();
+    let sum = sha256(&sent)?;
+    thread::spawn(move || down.accept().and_then(|(mut stream, _)| stream.write_all(&sent)));
+    let received = thread::spawn(move || {
+        let (mut stream, _) = up.accept()?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).map(|_| bytes)
+    });
+
+    let large = mtu - 100;
+    let workshop = Workshop::new(&format!(
+        "ip addr add 10.92.{subnet}.2/24 dev eth0; ip link set eth0 up
+        echo mtu: $(cat /sys/class/net/eth0/mtu) $(cat /sys/class/net/eth0/address)
+        ping -c 3 -W 10 {host} >/dev/null && echo pinged
+        ping -c 2 -W 10 -s {large} {host} >/dev/null && echo pinged large
+        echo down: $(nc {host} 7001 | sha256sum)
+        dd if=/dev/urandom of=/up bs=1M count=24 2>/dev/null
+        echo up: $(sha256sum < /up)
+        nc {host} 7002 < /up
+        echo errors: $(cat /sys/class/net/eth0/statistics/rx_errors /sys/class/net/eth0/statistics/tx_errors)"
+    ))?;
+    let net = format!(
+        "[[devices]]\nnet.tap = 'fd:1'\nnet.options.mac = '02:00:00:00:92:02'\nnet.options.mtu = {mtu}\n"
+    );
+    let mut vmm = Vmm::boot_with(workshop.config(&net)?, &[tap.as_fd()])?;
+    let told = vmm.expect("mtu:")?;
+    ensure!(told.contains(&format!("mtu: {mtu} 02:00:00:00:92:02")), "{told}");
+    vmm.expect("pinged")?;
+    vmm.expect("pinged large")?;
+    let down = vmm.expect("down:")?;
+    ensure!(down.contains(&sum), "{down}, but the host sent {sum}");
+    let up = vmm.expect("up:")?;
+    let errors = vmm.expect("errors:")?;
+    ensure!(errors.contains("errors: 0 0"), "{errors}");
+    let received = received.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
+    let sum = sha256(&received)?;
+    ensure!(up.contains(&sum), "{up}, but the host received {} bytes with {sum}", received.len());
+    Ok(())
+}
+
+#[test]
+fn streams_arrive_whole_with_the_usual_mtu() -> Result<()> {
+    streams_arrive_whole("e2e-net0", 1, 1500)
+}
+
+#[test]
+fn streams_arrive_whole_with_jumbo_frames() -> Result<()> {
+    streams_arrive_whole("e2e-net1", 2, 9000)
+}
