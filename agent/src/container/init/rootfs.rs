@@ -172,21 +172,19 @@ pub(super) fn enter(root: Root, setup: &ContainerSetup, procfs: BorrowedFd<'_>) 
     Ok(())
 }
 
-/// Unmounts everything else, moves the new root over the first one and changes into it.
+/// Moves the new root over the first one, unmounts everything else, and changes into the new one.
 fn replace_first_root(root: &Root, procfs: BorrowedFd<'_>) -> io::Result<()> {
-    let own = fstat(root.as_fd())?.st_dev;
     let table = fs::read_to_string(format!("/proc/self/fd/{}/self/mountinfo", procfs.as_raw_fd()))?;
-    // Field five is the mount point, with blanks and the like in octal; those paths are not the agent's.
+    let slash = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    sys::move_mount(root.as_fd(), slash.as_fd())?;
+    // Until the change of root, paths still begin beneath the new one. Field five is the mount point; what was below
+    // the container's old place is not found any more.
     let points: Vec<_> =
         table.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| *at != "/").collect();
     for point in points.iter().rev() {
-        let same = nix::sys::stat::stat(*point).is_ok_and(|stat| stat.st_dev == own);
-        if !same {
-            let _ = nix::mount::umount2(*point, nix::mount::MntFlags::MNT_DETACH);
-        }
+        // In a user namespace the agent's mounts are locked together, and stay out of reach instead.
+        let _ = nix::mount::umount2(*point, nix::mount::MntFlags::MNT_DETACH);
     }
-    let slash = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    sys::move_mount(root.as_fd(), slash.as_fd())?;
     nix::unistd::fchdir(root.as_fd())?;
     nix::unistd::chroot(".")?;
     Ok(())
