@@ -211,7 +211,7 @@ async fn files_go_in_and_out_unless_the_policy_forbids() -> Result<()> {
     let agent = Agent::start().await?;
     let storage = Some(tmpfs("data", 64 << 20));
     agent.client.storages().mount_storage(v1::MountStorageRequest { storage }).await?;
-    let bytes: Vec<u8> = (0..32u32 << 20).map(|at| (at ^ (at >> 9)) as u8).collect();
+    let bytes: Vec<u8> = (0..32u32 << 20).map(|at| (at ^ (at >> 9)).to_le_bytes()[0]).collect();
     let request = v1::CopyInRequest {
         target: within("data", "/dir/file"),
         size: bytes.len() as u64,
