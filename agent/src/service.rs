@@ -2,10 +2,13 @@
 //! status code.
 
 mod agent;
+mod containers;
 mod follow;
 mod machine;
 mod network;
+mod processes;
 mod sandbox;
+mod stats;
 mod status;
 mod storages;
 mod transfers;
@@ -13,7 +16,7 @@ mod transfers;
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,12 +25,16 @@ use std::task::{Context, Poll};
 use caisson_protocol::limits;
 use caisson_protocol::v1::Storage;
 use caisson_protocol::v1::agent_server::{AgentServer, SERVICE_NAME as AGENT};
+use caisson_protocol::v1::containers_server::{ContainersServer, SERVICE_NAME as CONTAINERS};
 use caisson_protocol::v1::machine_server::{MachineServer, SERVICE_NAME as MACHINE};
 use caisson_protocol::v1::network_server::{NetworkServer, SERVICE_NAME as NETWORK};
 use caisson_protocol::v1::sandbox_server::{SERVICE_NAME as SANDBOX, SandboxServer};
 use caisson_protocol::v1::storages_server::{SERVICE_NAME as STORAGES, StoragesServer};
 use caisson_protocol::v1::transfers_server::{SERVICE_NAME as TRANSFERS, TransfersServer};
 use futures_util::FutureExt;
+use processes::Processes;
+use thiserror::Error;
+use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -37,16 +44,34 @@ use tower::Service;
 
 use crate::clock;
 use crate::connection::Incoming;
+use crate::container::{self, Config, Runtime};
+use crate::init::CGROUP_ROOT;
 use crate::pod::Pod;
 use crate::state::State;
 use crate::storage::Storages;
 use crate::transfer::Transfers;
 
+/// The agent can not serve.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// Containers can not be run here.
+    #[error("cannot run containers")]
+    Runtime(#[from] container::Error),
+    /// The control connections failed.
+    #[error("cannot serve control connections")]
+    Transport(#[from] tonic::transport::Error),
+}
+
 /// Serves both ports until the state is closing, and then until the calls in flight have ended.
 ///
 /// # Errors
-/// When the transport under the control connections fails.
-pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), tonic::transport::Error> {
+/// When containers can not be run here, or the transport under the control connections fails.
+pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), ServeError> {
+    let (sender, events) = mpsc::unbounded_channel();
+    let runtime = Runtime::new(container_config(&state), state.reaper.clone(), sender)?;
+    let processes = Processes::new(state.clone());
+    tokio::spawn(processes.clone().follow(events));
     state.listening_us.store(clock::boottime_us(), Ordering::Release);
     let streams = state.streams.clone();
     tokio::spawn(async move {
@@ -70,8 +95,15 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), toni
     Server::builder()
         .max_concurrent_streams(limits::MAX_IN_FLIGHT)
         .http2_max_header_list_size(16 << 10)
-        .serve_with_incoming_shutdown(Router::new(state), control, closed)
-        .await
+        .serve_with_incoming_shutdown(Router::new(state, runtime, processes), control, closed)
+        .await?;
+    Ok(())
+}
+
+fn container_config(state: &State) -> Config {
+    // Outside of a VM, others have groups there, and so may another agent.
+    let name = if state.is_init { "pod".to_owned() } else { format!("caisson-agent-{}", std::process::id()) };
+    Config { cgroup: Path::new(CGROUP_ROOT).join(name), helper: "/proc/self/exe".into() }
 }
 
 /// What the services work on.
@@ -81,12 +113,22 @@ struct Shared {
     pod: tokio::sync::Mutex<Option<Arc<Pod>>>,
     storages: Arc<Storages>,
     transfers: Transfers,
+    runtime: Runtime,
+    processes: Processes,
 }
 
 impl Shared {
-    fn new(state: Arc<State>) -> Shared {
+    fn new(state: Arc<State>, runtime: Runtime, processes: Processes) -> Shared {
         let storages = Arc::new(Storages::new(&state.root));
-        Shared { state, pod: tokio::sync::Mutex::default(), storages, transfers: Transfers::default() }
+        let (pod, transfers) = (tokio::sync::Mutex::default(), Transfers::default());
+        Shared { state, pod, storages, transfers, runtime, processes }
+    }
+
+    /// Removes a container with its streams and storages.
+    async fn remove_container(&self, id: &str, force: bool) -> Result<(), Status> {
+        self.runtime.remove(id, force).await?;
+        self.processes.forget_all(id);
+        self.unmount_all(Some(id.to_owned())).await
     }
 
     async fn pod(&self) -> Result<Arc<Pod>, Status> {
@@ -110,7 +152,7 @@ impl Shared {
 
     /// The root directory of a container, as its processes see it.
     fn container_root(&self, id: &str) -> Result<OwnedFd, Status> {
-        Err(Status::not_found(format!("no container {id}")))
+        Ok(self.runtime.root(id)?)
     }
 }
 
@@ -119,6 +161,7 @@ impl Shared {
 struct Router {
     state: Arc<State>,
     agent: AgentServer<agent::Service>,
+    containers: ContainersServer<containers::Service>,
     machine: MachineServer<machine::Service>,
     network: NetworkServer<network::Service>,
     sandbox: SandboxServer<sandbox::Service>,
@@ -135,9 +178,10 @@ macro_rules! server {
 }
 
 impl Router {
-    fn new(state: Arc<State>) -> Router {
-        let shared = Arc::new(Shared::new(state.clone()));
+    fn new(state: Arc<State>, runtime: Runtime, processes: Processes) -> Router {
+        let shared = Arc::new(Shared::new(state.clone(), runtime, processes));
         Router {
+            containers: server!(ContainersServer, containers::Service(shared.clone())),
             agent: server!(AgentServer, agent::Service::new(state.clone())),
             machine: server!(MachineServer, machine::Service(shared.clone())),
             network: server!(NetworkServer, network::Service(shared.clone())),
@@ -163,6 +207,7 @@ impl Service<http::Request<Body>> for Router {
         let service = path.split('/').nth(1).unwrap_or_default();
         let call: Self::Future = match service {
             AGENT => Box::pin(self.agent.call(request)),
+            CONTAINERS => Box::pin(self.containers.call(request)),
             MACHINE => Box::pin(self.machine.call(request)),
             NETWORK => Box::pin(self.network.call(request)),
             SANDBOX => Box::pin(self.sandbox.call(request)),

@@ -60,6 +60,9 @@ impl sandbox_server::Sandbox for Service {
         let shared = self.0.clone();
         let destroyed = tokio::spawn(async move {
             let mut pod = shared.pod.lock().await;
+            for container in shared.runtime.list() {
+                shared.remove_container(&container.id, true).await?;
+            }
             shared.unmount_all(None).await?;
             if let Some(pod) = pod.take() {
                 let dropped = tokio::task::spawn_blocking(move || drop(pod));

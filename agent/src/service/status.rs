@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use tonic::{Code, Status};
 
+use crate::container;
 use crate::guest::GuestError;
 use crate::network::NetworkError;
 use crate::pod::PodError;
@@ -36,6 +37,25 @@ impl From<GuestError> for Status {
             GuestError::Precondition(_) => Code::FailedPrecondition,
             GuestError::Unsupported(_) => Code::Unimplemented,
             GuestError::File { source, .. } => of_system(source),
+        };
+        status(code, &error)
+    }
+}
+
+impl From<container::Error> for Status {
+    fn from(error: container::Error) -> Status {
+        use container::Error;
+        let code = match &error {
+            Error::Invalid { .. } | Error::Unsupported { .. } => Code::InvalidArgument,
+            Error::Exec { source, .. } => match source.raw_os_error() {
+                Some(libc::ENOENT) => Code::NotFound,
+                _ => Code::FailedPrecondition,
+            },
+            Error::Exists(_) => Code::AlreadyExists,
+            Error::NoContainer(_) | Error::NoProcess { .. } => Code::NotFound,
+            Error::NoTerminal | Error::State { .. } => Code::FailedPrecondition,
+            Error::Apply { source, .. } | Error::System { source, .. } => of_system(source),
+            Error::HelperGone => Code::Internal,
         };
         status(code, &error)
     }
