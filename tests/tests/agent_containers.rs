@@ -32,7 +32,10 @@ fn process(script: &str, terminal: bool) -> String {
 fn spec(root: &Path, process: &str, resources: &str) -> Vec<u8> {
     format!(
         r#"{{"ociVersion":"1.2.0","process":{process},"root":{{"path":"{}"}},
-            "mounts":[{{"destination":"/proc","type":"proc","source":"proc"}}],
+            "mounts":[{{"destination":"/proc","type":"proc","source":"proc"}},
+            {{"destination":"/dev","type":"tmpfs","source":"tmpfs","options":["nosuid","mode=755"]}},
+            {{"destination":"/dev/pts","type":"devpts","source":"devpts",
+              "options":["nosuid","noexec","newinstance","ptmxmode=0666","mode=0620"]}}],
             "linux":{{"namespaces":[{{"type":"pid"}},{{"type":"mount"}},{{"type":"cgroup"}}],
             "resources":{resources}}}}}"#,
         root.display()
@@ -105,7 +108,7 @@ async fn output_and_exit_code_arrive() -> Result<()> {
 async fn a_hundred_megabytes_go_through_a_container_intact() -> Result<()> {
     let pod = Pod::start().await?;
     let streams = pod.run("cat", &process("exec cat", false), "{}").await?;
-    let data = pattern(100 << 20);
+    let data = pattern(1 << 20).repeat(100);
     let mut stdin = pod.agent.client.stream(streams.stdin).await?;
     let mut stdout = pod.agent.client.stream(streams.stdout).await?;
     let mut back = Vec::with_capacity(data.len());
