@@ -31,10 +31,10 @@ fn main() -> ExitCode {
     }
     if std::process::id() == 1 && parent_id() == 0 {
         run_as_init();
-        // Returning would be a kernel panic. The VMM ends the machine when it sees the halted processor.
-        loop {
-            std::thread::park();
-        }
+        // Only reached when the kernel refused to end the machine: because this is the first process of a container,
+        // which managed to start its runtime's own program and ends here. For the machine's own first process the end
+        // is a kernel panic, which the VMM sees and reports.
+        return ExitCode::FAILURE;
     }
     if std::env::args_os().nth(1).is_some_and(|argument| argument == pod::init::ARGUMENT) {
         return match pod::init::run() {

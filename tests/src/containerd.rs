@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{ctr::Ctr, leaks};
+use crate::{cri::Cri, ctr::Ctr, leaks};
 
 /// The sandbox image of every pod. Our runtime answers for it and never runs it; runc does.
 pub const PAUSE_IMAGE: &str = "caisson.test/pause:1";
@@ -25,6 +25,12 @@ pub const SERVERS_IMAGE: &str = "caisson.test/servers:1";
 
 /// The namespace in which containerd's CRI plugin looks for images and containers.
 const CRI_NAMESPACE: &str = "k8s.io";
+
+/// The cgroup in which CRI's containers are made, as a kubelet makes one for each pod.
+pub const POD_CGROUP: &str = "/caisson-e2e";
+/// Cgroups that no runtime makes a habit of removing, as they are not its containers': the pods' parent, and what runc
+/// makes of containerd's namespace for a container that `ctr` runs. They are there from the start.
+const CGROUPS: [&str; 2] = [POD_CGROUP, "/default"];
 
 /// How long containerd may take to answer, on an emulated machine.
 const START: Duration = Duration::from_secs(90);
@@ -68,6 +74,9 @@ impl Containerd {
         for part in ["root", "state", "cni", "ipam"] {
             fs::create_dir_all(dir.join(part)).context("making containerd's directories")?;
         }
+        for cgroup in CGROUPS.map(cgroup_path) {
+            fs::create_dir_all(&cgroup).with_context(|| format!("making the cgroup {}", cgroup.display()))?;
+        }
         fs::write(dir.join("cni/10-caisson-e2e.conflist"), CNI_CONFIG)?;
         fs::write(dir.join("config.toml"), config(dir, version()?))?;
 
@@ -99,6 +108,27 @@ impl Containerd {
         Ok(())
     }
 
+    /// Removes all pods and containers, running or not, as far as their runtimes can.
+    ///
+    /// # Errors
+    /// When containerd does not answer. A container that can't be removed is no error: it is seen by what it leaves.
+    pub fn remove_containers(&self) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut cri = Cri::connect(self.socket()).await?;
+            for pod in cri.pods().await? {
+                let _ = cri.remove_pod(&pod).await;
+            }
+            anyhow::Ok(())
+        })?;
+        let ctr = Ctr::at(self.socket(), "default");
+        for container in ctr.run(&["containers", "list", "--quiet"])?.split_whitespace() {
+            ctr.try_run(&["tasks", "delete", "--force", container])?;
+            ctr.try_run(&["containers", "delete", container])?;
+        }
+        Ok(())
+    }
+
     /// Ends containerd in order, and undoes what it and its plugins leave on a machine by design: the pods' bridge
     /// and cgroup, and the mounts of its own state directory.
     ///
@@ -117,7 +147,7 @@ impl Containerd {
         // Absent unless a pod ran.
         Command::new("ip").args(["link", "delete", "caisson-e2e0"]).stderr(Stdio::null()).status()?;
         leaks::unmount_below(&self.dir)?;
-        leaks::remove_cgroup(Path::new("/sys/fs/cgroup/caisson-e2e"))
+        CGROUPS.into_iter().try_for_each(|cgroup| leaks::remove_cgroup(&cgroup_path(cgroup)))
     }
 
     fn socket(&self) -> PathBuf {
@@ -149,6 +179,11 @@ impl Drop for Containerd {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Where a cgroup's directory is.
+fn cgroup_path(cgroup: &str) -> PathBuf {
+    Path::new("/sys/fs/cgroup").join(cgroup.trim_start_matches('/'))
 }
 
 /// containerd's major version.

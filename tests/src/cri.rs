@@ -16,7 +16,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 use self::runtime_service_client::RuntimeServiceClient;
-use crate::node::Node;
+use crate::containerd::POD_CGROUP;
 
 /// A connection to containerd's CRI plugin.
 #[derive(Clone, Debug)]
@@ -33,12 +33,11 @@ pub struct Pod {
 }
 
 impl Cri {
-    /// Connects to the node's containerd.
+    /// Connects to the containerd at this socket.
     ///
     /// # Errors
     /// When nothing answers there.
-    pub async fn connect(node: &Node) -> Result<Self> {
-        let socket = node.socket();
+    pub async fn connect(socket: PathBuf) -> Result<Self> {
         let channel = Endpoint::from_static("http://containerd")
             .connect_with_connector(service_fn(move |_: Uri| dial(socket.clone())))
             .await
@@ -59,6 +58,20 @@ impl Cri {
         let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
         let reply = self.client.run_pod_sandbox(request).await.context("RunPodSandbox")?;
         Ok(Pod { id: reply.into_inner().pod_sandbox_id, config })
+    }
+
+    /// All pods that there are, with as much of their configuration as their removal needs.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn pods(&mut self) -> Result<Vec<Pod>> {
+        let reply = self.client.list_pod_sandbox(Empty::default()).await;
+        let items = reply.context("ListPodSandbox")?.into_inner().items;
+        let pod = |item: PodSandbox| Pod {
+            id: item.id,
+            config: PodSandboxConfig { metadata: item.metadata, ..PodSandboxConfig::default() },
+        };
+        Ok(items.into_iter().map(pod).collect())
     }
 
     /// A pod's status.
@@ -140,7 +153,7 @@ async fn dial(socket: PathBuf) -> std::io::Result<TokioIo<UnixStream>> {
     Ok(TokioIo::new(UnixStream::connect(socket).await?))
 }
 
-/// The configuration of a pod that asks for nothing special, in the test cgroup.
+/// The configuration of a pod that asks for nothing special, in the tests' cgroup.
 pub fn pod_config(name: &str) -> PodSandboxConfig {
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
@@ -151,7 +164,7 @@ pub fn pod_config(name: &str) -> PodSandboxConfig {
         }),
         hostname: name.into(),
         linux: Some(LinuxPodSandboxConfig {
-            cgroup_parent: format!("/caisson-e2e/{name}"),
+            cgroup_parent: POD_CGROUP.into(),
             ..LinuxPodSandboxConfig::default()
         }),
         ..PodSandboxConfig::default()

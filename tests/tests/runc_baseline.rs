@@ -24,7 +24,7 @@ fn ctr_runs_a_container() -> Result<()> {
 #[tokio::test]
 async fn cri_runs_a_pod() -> Result<()> {
     let node = Node::ready()?;
-    let mut cri = Cri::connect(&node).await?;
+    let mut cri = Cri::connect(node.socket()).await?;
     // The first pod makes the bridge, which stays by design: look only after it.
     let first = cri.run_pod(cri::pod_config("baseline-first"), "runc").await?;
     cri.remove_pod(&first).await?;

@@ -50,14 +50,28 @@ fn main() -> Result<ExitCode> {
         .status()
         .with_context(|| format!("running {}", args.command[0]))?;
 
+    let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
+
     let containerd = starting.join().map_err(|_| anyhow!("the thread that starts containerd panicked"))?;
+    match tidy(&args.state, containerd, code == 0, &before) {
+        Err(error) if code == 0 => return Err(error),
+        // What the tests said comes first: one that failed half-way leaves things behind.
+        Err(error) => eprintln!("e2e-runner: after failed tests: {error:#}"),
+        Ok(()) => {}
+    }
+    Ok(ExitCode::from(code))
+}
+
+/// Ends containerd, and looks whether the whole run left anything.
+fn tidy(state: &Path, containerd: Option<Containerd>, passed: bool, before: &Holdings) -> Result<()> {
     if let Some(containerd) = containerd {
+        if !passed {
+            containerd.remove_containers()?;
+        }
         containerd.stop()?;
     }
-    fs::remove_dir_all(&args.state).context("removing containerd's state")?;
-    before.assert_nothing_added().context("after the whole run")?;
-    let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
-    Ok(ExitCode::from(code))
+    fs::remove_dir_all(state).context("removing containerd's state")?;
+    before.assert_nothing_added().context("after the whole run")
 }
 
 /// Starts containerd and tells the tests how it went, by a file.
