@@ -145,10 +145,9 @@ impl Cgroup {
     /// Kills all processes, frozen or not, against forks.
     pub(super) fn kill(&self) -> Result<(), Error> {
         match fs::write(self.path.join("cgroup.kill"), "1") {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::system("kill the container's processes")(error))
-            }
-            _ => Ok(()),
+            // Gone, before or after the file was opened.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => Ok(()),
+            result => result.map_err(Error::system("kill the container's processes")),
         }
     }
 

@@ -344,10 +344,22 @@ pub(crate) fn resize(terminal: BorrowedFd<'_>, width: u16, height: u16) -> io::R
     Ok(())
 }
 
+/// How often bpf(2) is asked again. The verifier gives up with EAGAIN when a signal arrives, as SIGCHLD does often here.
+const BPF_TRIES: usize = 100;
+
 /// bpf(2) with one of the attribute structures of [`super::cgroup`].
 pub(crate) fn bpf<T>(command: c_int, attr: &mut T) -> io::Result<c_long> {
-    // SAFETY: the attributes outlive the call and their size is given; pointers in them are the caller's to keep.
-    check(unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) })
+    let mut call = || {
+        // SAFETY: the attributes outlive the call and their size is given; pointers in them are the caller's to keep.
+        check(unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) })
+    };
+    for _ in 1..BPF_TRIES {
+        match call() {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+            result => return result,
+        }
+    }
+    call()
 }
 
 /// bpf(2) with a command that makes a descriptor.
