@@ -215,15 +215,23 @@ impl Vmm {
     /// When it does not come in time; the error has the console's last lines.
     pub fn expect(&mut self, text: &str) -> Result<String> {
         let deadline = Instant::now() + PATIENCE;
+        // What the process wrote before it ended may still be on its way when its end is seen.
+        let mut ended = None;
         loop {
-            match self.console.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self.console.recv_timeout(Duration::from_secs(1)) {
                 Ok(line) => {
                     self.transcript.push(line.clone());
                     if line.contains(text) {
                         return Ok(line);
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => bail!("no {text:?} on the console:\n{}", self.tail()),
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some(status) = ended {
+                        bail!("the VMM ended ({status}) without {text:?} on the console:\n{}", self.tail());
+                    }
+                    ensure!(Instant::now() < deadline, "no {text:?} on the console:\n{}", self.tail());
+                    ended = self.child.try_wait().context("looking after the VMM")?;
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     bail!("console closed before {text:?}:\n{}", self.tail())
                 }
