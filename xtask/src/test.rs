@@ -72,6 +72,9 @@ pub(crate) fn run(host: &Host, args: &TestArgs) -> Result<ExitCode> {
             let name = format!("e2e in the testbed ({})", variant.name());
             steps.run(&name, || end_to_end(host, args, &parts, Some(variant)));
         }
+        if !args.direct && !args.soak {
+            steps.run("killed commands", || killed_commands(host, args));
+        }
     }
     steps.finish()?;
     Ok(ExitCode::SUCCESS)
@@ -181,6 +184,16 @@ fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Varia
     let code = exec::exec(host, &request)?;
     ensure!(code == ExitCode::SUCCESS, "the whole-system tests failed");
     Ok(())
+}
+
+/// Kills xtask's own commands midway.
+fn killed_commands(host: &Host, args: &TestArgs) -> Result<()> {
+    let mut nextest = cargo();
+    nextest.args(["nextest", "run", "--package", "xtask", "--run-ignored", "only", "--no-fail-fast"]);
+    if let Some(filter) = &args.filter {
+        nextest.args(["-E", filter, "--no-tests", "pass"]);
+    }
+    proc::run(nextest.current_dir(&host.workspace))
 }
 
 /// Makes sure that nextest is there.
