@@ -7,8 +7,10 @@
 //! | [`cri`] | a small CRI client, the kubelet's side |
 //! | [`ctr`] | containerd's own client, as a person types it |
 //! | [`agent`] | the agent as a plain process, and a client of it |
+//! | [`containers`] | containers of busybox through an agent, and what must hold of them |
 //! | [`guest`] | Linux guests booted by something other than containerd |
 //! | [`vmm`] | Linux guests in our own VMM |
+//! | [`pod_vm`] | the agent as PID 1 of a guest in our own VMM |
 //! | [`vsock`] | a guest of our own VMM that serves vsock ports |
 //! | [`leaks`] | what a machine holds (processes, mounts, cgroups, links…) and what came on top since |
 //!
@@ -17,10 +19,12 @@
 
 pub mod agent;
 pub mod containerd;
+pub mod containers;
 pub mod cri;
 pub mod ctr;
 pub mod guest;
 pub mod leaks;
 pub mod node;
+pub mod pod_vm;
 pub mod vmm;
 pub mod vsock;

@@ -239,6 +239,14 @@ impl Vmm {
         }
     }
 
+    /// How the process ended, if it has.
+    ///
+    /// # Errors
+    /// As waitpid(2).
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.child.try_wait().context("looking after the VMM")
+    }
+
     /// The console's last lines.
     #[must_use]
     pub fn tail(&self) -> String {
