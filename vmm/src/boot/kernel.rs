@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io::{self, Read, Seek},
     os::unix::fs::FileExt,
 };
 
@@ -105,10 +105,10 @@ pub fn load_kernel(ram: &GuestRam, file: &File, protocol: Protocol) -> Result<Lo
     }
 }
 
+/// Copies the image into memory. Mapping its file there instead would share nothing, since a kernel rewrites nearly all
+/// of its pages when it adapts itself to its processor, and would cost a fault for each of them.
 fn load_with<L: KernelLoader>(ram: &GuestRam, file: &File) -> Result<KernelLoaderResult, loader::Error> {
-    let mut image =
-        ram.map_file(file).map_err(|_| loader::Error::Elf(loader::elf::Error::ReadKernelImage))?;
-    L::load(ram.mem().as_ref(), None, &mut image, Some(GuestAddress(HIGH_MEMORY)))
+    L::load(ram.mem().as_ref(), None, &mut &*file, Some(GuestAddress(HIGH_MEMORY)))
 }
 
 fn load_elf(ram: &GuestRam, file: &File, protocol: Protocol) -> Result<LoadedKernel, KernelError> {
@@ -149,8 +149,9 @@ fn load_error(ram: &GuestRam, source: loader::Error) -> KernelError {
 /// # Errors
 /// When it cannot be read or does not fit above `kernel_end`.
 pub fn load_initramfs(ram: &GuestRam, file: &File, kernel_end: u64) -> Result<Range, KernelError> {
-    let mut image = ram.map_file(file).map_err(|error| KernelError::Read("initramfs", error))?;
-    let len = image.len();
+    let mut image = file;
+    let rewound = image.rewind().and_then(|()| file.metadata());
+    let len = rewound.map_err(|error| KernelError::Read("initramfs", error))?.len();
     if len == 0 {
         // Reading finds out whether it is merely something without a length.
         let mut byte = [0];

@@ -1,6 +1,5 @@
 //! Guest memory: how it is laid out, what backs it, and how pages of it go back to the host.
 
-mod mapped_file;
 mod ram;
 mod save;
 
@@ -8,7 +7,6 @@ pub mod layout;
 
 use std::{io, sync::Arc};
 
-pub use mapped_file::MappedFile;
 pub use ram::{Backing, GuestRam, HugePages, RamConfig, RamError, Range, Slot};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -21,8 +19,7 @@ pub type GuestMem = Arc<GuestMemoryMmap<()>>;
 
 /// Gives pages of guest memory back to the host.
 ///
-/// What that takes depends on what backs a page: dropping a private page of a mapped file (a template's memory, a
-/// mapped kernel image) would bring the file's bytes back, so such a page is replaced rather than dropped. Only
+/// What that takes depends on what backs a page: dropping a private page of a mapped file (a template's memory) would bring the file's bytes back, so such a page is replaced rather than dropped. Only
 /// the owner of the mappings knows, hence devices (balloon, virtio-mem) ask for it here.
 pub trait Discard: Send + Sync {
     /// Frees `len` bytes from `addr`; afterwards the guest reads zeros there. Both are multiples of the page size
