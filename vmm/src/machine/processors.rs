@@ -85,7 +85,7 @@ impl Processors {
     /// Makes processor 0, at the kernel's entry.
     pub(super) fn boot(&mut self, ram: &GuestRam, entry: Entry) -> Result<(), ProcessorError> {
         let vcpu = self.create(0)?;
-        registers::set_firmware_msrs(&vcpu, 0)?;
+        self.as_firmware_leaves_it(&vcpu, 0)?;
         registers::enter_kernel(&vcpu, ram.mem(), entry)?;
         self.start(0, vcpu)
     }
@@ -105,7 +105,7 @@ impl Processors {
         }
         for id in (0..count).skip(has) {
             let vcpu = self.create(id)?;
-            registers::set_firmware_msrs(&vcpu, id)?;
+            self.as_firmware_leaves_it(&vcpu, id)?;
             self.start(id, vcpu)?;
         }
         Ok(())
@@ -134,6 +134,13 @@ impl Processors {
         let cpuid = self.template.for_vcpu(id, self.max).map_err(|_| VcpuError::Cpuid { id })?;
         vcpu.set_cpuid2(&cpuid).map_err(|source| VcpuError::Kvm { id, what: "setting CPUID", source })?;
         Ok(vcpu)
+    }
+
+    fn as_firmware_leaves_it(&self, vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
+        if let Some(states) = self.template.xsave_states() {
+            registers::enable_states(vcpu, id, states)?;
+        }
+        registers::set_firmware_msrs(vcpu, id)
     }
 
     fn start(&mut self, id: u8, vcpu: VcpuFd) -> Result<(), ProcessorError> {

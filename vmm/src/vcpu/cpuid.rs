@@ -17,6 +17,8 @@ const HYPERVISOR: u32 = 1 << 31;
 const HTT: u32 = 1 << 28;
 /// Leaf 0x8000_0001 ECX (AMD): the logical processors of a package are cores.
 const CMP_LEGACY: u32 = 1 << 1;
+/// Leaf 1 ECX: XSAVE and its kin.
+const XSAVE: u32 = 1 << 26;
 /// `CLFLUSH` line size in units of 8 bytes, as leaf 1 EBX has it.
 const CLFLUSH_UNITS: u32 = 8;
 /// Leaf 0xb and 0x1f ECX level types.
@@ -64,6 +66,17 @@ impl CpuTemplate {
             entries: supported.as_slice().to_vec(),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
         })
+    }
+
+    /// All states that XSAVE can save here, as XCR0 names them; `None` without XSAVE.
+    #[must_use]
+    pub fn xsave_states(&self) -> Option<u64> {
+        let find =
+            |function| self.entries.iter().find(|entry| entry.function == function && entry.index == 0);
+        find(1).filter(|leaf| leaf.ecx & XSAVE != 0)?;
+        find(0xd)
+            .map(|leaf| u64::from(leaf.eax) | (u64::from(leaf.edx) << 32))
+            .filter(|states| states & 1 != 0)
     }
 
     /// The CPUID table of processor `id` of `count`.
@@ -217,6 +230,15 @@ mod tests {
         assert_eq!(find(&table, 0x8000_0001, 0).ecx & CMP_LEGACY, 0);
         assert_ne!(find(&table, 1, 0).ecx & HYPERVISOR, 0);
         assert_ne!(find(&table, 1, 0).ecx & TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn states_are_told_where_there_is_xsave() {
+        let mut template = template(&[1, 0xd]);
+        (template.entries[1].eax, template.entries[1].edx) = (7, 1);
+        assert_eq!(template.xsave_states(), None);
+        template.entries[0].ecx = XSAVE;
+        assert_eq!(template.xsave_states(), Some((1 << 32) | 7));
     }
 
     #[test]

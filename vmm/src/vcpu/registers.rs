@@ -1,6 +1,6 @@
 //! The state in which the first processor enters the kernel.
 
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
@@ -79,6 +79,19 @@ pub fn set_firmware_msrs(vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
         return Ok(());
     }
     Err(VcpuError::Kvm { id, what: "setting MSRs", source: kvm_ioctls::Error::new(libc::EINVAL) })
+}
+
+/// Enables all of `states` for XSAVE, on every processor.
+///
+/// Where XSETBV does not reach KVM (QEMU's emulation of SVM lets a nested guest execute it), KVM would go on to run the
+/// guest without the states that it has enabled, and CPUID would tell it the wrong size for them.
+///
+/// # Errors
+/// When KVM refuses.
+pub fn enable_states(vcpu: &VcpuFd, id: u8, states: u64) -> Result<(), VcpuError> {
+    let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+    xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: states };
+    vcpu.set_xcrs(&xcrs).map_err(|source| VcpuError::Kvm { id, what: "enabling its states", source })
 }
 
 fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
