@@ -1,4 +1,5 @@
-//! `cargo xtask kernel`: the guest kernel, from Debian's source package and `guest-kernel-config/`.
+//! `cargo xtask kernel`: the guest kernel, from Debian's source package and `guest-kernel-config/`, whose `patches/`
+//! are applied in the order of their names.
 //!
 //! | module | owns |
 //! |---|---|
@@ -35,7 +36,8 @@ const FRAGMENTS: [&str; 3] = ["base.config", "virtio.config", "container.config"
 const DEBUG_FRAGMENT: &str = "debug.config";
 
 /// What a build needs on the host.
-const TOOLS: [&str; 8] = ["gcc", "make", "flex", "bison", "bc", "libelf-dev", "xz-utils", "binutils"];
+const TOOLS: [&str; 9] =
+    ["gcc", "make", "flex", "bison", "bc", "libelf-dev", "xz-utils", "binutils", "patch"];
 
 /// Options of `cargo xtask kernel`.
 #[derive(Args, Clone, Copy, Debug, Default)]
@@ -58,12 +60,16 @@ pub(crate) fn build(host: &Host, args: KernelArgs) -> Result<PathBuf> {
     let apt = PrivateApt::open(&host.cache, Suite::Trixie)?;
     let version = apt.version(SOURCE)?;
     let compiler = proc::output(Command::new("gcc").arg("--version"))?;
-    let mut key = Key::new("guest-kernel-1").with(&version).with(&compiler);
+    let patches = patches(&directory.join("patches"))?;
+    let mut key = Key::new("guest-kernel-2").with(&version).with(&compiler);
     for fragment in &fragments {
         key = key.with(fragment.text());
     }
+    for (_, text) in &patches {
+        key = key.with(text);
+    }
     let entry = host.cache.entry("guest-kernel", &key, |output| {
-        let sources = sources(host, &apt, &version)?;
+        let sources = sources(host, &apt, &version, &patches)?;
         let scratch = host.cache.scratch()?;
         let build = Build { host, sources: &sources, objects: scratch.path() };
         build.configure(&fragments)?;
@@ -99,9 +105,25 @@ fn mib(bytes: u64) -> String {
     format!("{}.{} MiB", tenths / 10, tenths % 10)
 }
 
-/// The unpacked sources.
-fn sources(host: &Host, apt: &PrivateApt, version: &str) -> Result<PathBuf> {
-    let key = Key::new("linux-source-1").with(version);
+/// Every patch's path and text, in the order of their names.
+fn patches(directory: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+    let read = |path: PathBuf| {
+        let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        Ok((path, text))
+    };
+    let entries = fs::read_dir(directory).with_context(|| format!("listing {}", directory.display()))?;
+    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
+    paths.sort();
+    paths.into_iter().map(read).collect()
+}
+
+/// The unpacked sources with the patches applied.
+fn sources(host: &Host, apt: &PrivateApt, version: &str, patches: &[(PathBuf, Vec<u8>)]) -> Result<PathBuf> {
+    let mut key = Key::new("linux-source-2").with(version);
+    for (_, text) in patches {
+        key = key.with(text);
+    }
     let entry = host.cache.entry("linux-source", &key, |output| {
         let scratch = host.cache.scratch()?;
         apt.unpack(SOURCE, scratch.path())?;
@@ -113,7 +135,16 @@ fn sources(host: &Host, apt: &PrivateApt, version: &str) -> Result<PathBuf> {
             .arg(archive)
             .arg("--directory")
             .arg(output);
-        proc::run_logged(&format!("unpacking {SOURCE} {version}"), &mut tar, &host.log("linux-source"))
+        proc::run_logged(&format!("unpacking {SOURCE} {version}"), &mut tar, &host.log("linux-source"))?;
+        for (path, _) in patches {
+            let mut patch = proc::contained("patch");
+            // A hunk that does not fit exactly must be looked at by a person.
+            patch.args(["--strip=1", "--forward", "--fuzz=0", "--no-backup-if-mismatch", "--directory"]);
+            patch.arg(output).arg("--input").arg(path);
+            let what = format!("applying {}", path.display());
+            proc::run_logged(&what, &mut patch, &host.log("linux-source"))?;
+        }
+        Ok(())
     })?;
     Ok(entry)
 }
