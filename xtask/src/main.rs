@@ -72,9 +72,11 @@ enum Task {
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    // The half of the benchmarks that runs in the testbed has no workspace.
-    if let Task::Bench(bench::BenchCommand::Inside(args)) = &arguments.command {
-        return bench::inside::run(args);
+    // The parts of the benchmarks that run in the testbed and in its guests have no workspace.
+    match &arguments.command {
+        Task::Bench(bench::BenchCommand::Inside(args)) => return bench::inside::run(args),
+        Task::Bench(bench::BenchCommand::Client(args)) => return bench::vsock::client(args),
+        _ => {}
     }
     let host = Host::find()?;
     match arguments.command {
@@ -85,6 +87,7 @@ fn main() -> Result<ExitCode> {
         Task::Fuzz(args) => fuzz::run(&host, &args)?,
         Task::Bench(bench::BenchCommand::Vmm(args)) => return bench::vmm(&host, &args),
         Task::Bench(bench::BenchCommand::Inside(args)) => return bench::inside::run(&args),
+        Task::Bench(bench::BenchCommand::Client(args)) => return bench::vsock::client(&args),
         Task::Testbed(command) => return testbed::run(&host, command),
     }
     Ok(ExitCode::SUCCESS)

@@ -79,30 +79,42 @@ pub(super) fn system_initramfs(script: &str) -> Result<Vec<u8>> {
     for applet in ["sh", "mount", "ip", "nc", "ping", "cat", "sleep", "mkdir", "insmod", "seq"] {
         archive.symlink(&format!("bin/{applet}"), "busybox")?;
     }
-    // busybox's dd has no O_DIRECT.
-    with_libraries(&mut archive, Path::new("/usr/bin/dd"), "bin/dd")?;
+    let mut present = vec!["dev".to_owned(), "proc".to_owned(), "sys".to_owned(), "bin".to_owned()];
+    // busybox's dd has no O_DIRECT, and its nc no vsock.
+    with_libraries(&mut archive, Path::new("/usr/bin/dd"), "bin/dd", &mut present)?;
+    let own = std::env::current_exe().context("finding xtask's own binary")?;
+    with_libraries(&mut archive, &own, "bin/xtask", &mut present)?;
     archive.file("init", 0o755, format!("#!/bin/sh\n{script}").as_bytes())?;
     archive.finish().context("writing the initramfs")
 }
 
-fn with_libraries(archive: &mut Archive<Vec<u8>>, program: &Path, to: &str) -> Result<()> {
+/// Adds a program and the libraries that it needs; `present` has the paths that the archive has already.
+fn with_libraries(
+    archive: &mut Archive<Vec<u8>>,
+    program: &Path,
+    to: &str,
+    present: &mut Vec<String>,
+) -> Result<()> {
     archive.file(to, 0o755, &fs::read(program).with_context(|| format!("reading {}", program.display()))?)?;
     let listed = Command::new("ldd").arg(program).output().context("running ldd")?;
     ensure!(listed.status.success(), "ldd {} failed", program.display());
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
-    let mut directories = Vec::new();
     for library in listed.split_whitespace().filter(|word| word.starts_with('/')) {
         let mut parent = String::new();
         let (above, _) = library.trim_start_matches('/').rsplit_once('/').unwrap_or_default();
         for part in above.split('/') {
             parent = if parent.is_empty() { part.to_owned() } else { format!("{parent}/{part}") };
-            if !directories.contains(&parent) {
+            if !present.contains(&parent) {
                 archive.directory(&parent)?;
-                directories.push(parent.clone());
+                present.push(parent.clone());
             }
         }
-        let contents = fs::read(library).with_context(|| format!("reading {library}"))?;
-        archive.file(library.trim_start_matches('/'), 0o755, &contents)?;
+        let path = library.trim_start_matches('/').to_owned();
+        if !present.contains(&path) {
+            let contents = fs::read(library).with_context(|| format!("reading {library}"))?;
+            archive.file(&path, 0o755, &contents)?;
+            present.push(path);
+        }
     }
     Ok(())
 }

@@ -18,6 +18,7 @@ use super::{
     guest,
     machine::{Guest, Running, Vmm},
     report::Figures,
+    vsock,
 };
 
 /// Where the results are, in the directory.
@@ -70,9 +71,10 @@ pub(crate) fn run(args: &InsideArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-struct Bench<'a> {
-    directory: &'a Path,
-    runs: usize,
+/// What is common to all measurements.
+pub(super) struct Bench<'a> {
+    pub(super) directory: &'a Path,
+    pub(super) runs: usize,
 }
 
 impl Bench<'_> {
@@ -83,7 +85,15 @@ impl Bench<'_> {
     }
 
     fn guest(&self, kernel: PathBuf, initramfs: PathBuf) -> Guest<'_> {
-        Guest { directory: self.directory, kernel, initramfs, disk: None, tap: None }
+        Guest {
+            directory: self.directory,
+            kernel,
+            initramfs,
+            disk: None,
+            tap: None,
+            vsock: None,
+            jailed: false,
+        }
     }
 
     /// Spawn to init, the kernel's share of it, and memory.
@@ -118,16 +128,37 @@ impl Bench<'_> {
             let own = figures.get("spawn_to_entry_minstr", name).unwrap_or_default();
             figures.add("kernel_minstr", name, vec![whole - own]);
         }
+        self.jail(&entered, figures)?;
+        self.snapshots(&whole, figures)
+    }
+
+    /// What the jail adds to a start.
+    fn jail(&self, entered: &Guest<'_>, figures: &mut Figures) -> Result<()> {
+        let name = Vmm::Caisson.name();
+        eprintln!("==> the jail of {name}");
+        let jailed = Guest { jailed: true, ..entered.clone() };
+        jailed.start(Vmm::Caisson)?.mark().context("a start in the jail")?;
+        let mut took = Vec::new();
+        for _ in 0..self.runs {
+            took.push(jailed.start(Vmm::Caisson)?.mark()?);
+        }
+        figures.add("spawn_to_entry_jailed_minstr", name, took);
+        let with = figures.get("spawn_to_entry_jailed_minstr", name).unwrap_or_default();
+        let without = figures.get("spawn_to_entry_minstr", name).unwrap_or_default();
+        figures.add("jail_minstr", name, vec![with - without]);
         Ok(())
     }
 
-    /// Block and network: how much in how long.
+    /// Block, network and vsock: how much in how long.
     fn throughput(&self, figures: &mut Figures) -> Result<()> {
-        let initramfs = self.file("system.cpio", &guest::system_initramfs(SCRIPT)?)?;
         let disk = self.file("disk", &[])?;
         for vmm in Vmm::ALL {
+            let vsock = vsock::available(vmm);
+            let script = format!("{SCRIPT}{}{SCRIPT_END}", if vsock { SCRIPT_VSOCK } else { "" });
+            let initramfs = self.file("system.cpio", &guest::system_initramfs(&script)?)?;
+            let steps = FIGURES.iter().filter(|(name, ..)| vsock || !name.starts_with("vsock"));
             let mut samples: Vec<(&str, Vec<f64>)> =
-                FIGURES.iter().map(|(name, ..)| (*name, Vec::new())).collect();
+                steps.clone().map(|(name, ..)| (*name, Vec::new())).collect();
             eprintln!("==> throughput of {}", vmm.name());
             for _ in 0..self.runs {
                 fill(&disk)?;
@@ -137,8 +168,13 @@ impl Bench<'_> {
                 let mut guest = self.guest(self.directory.join("vmlinux"), initramfs.clone());
                 guest.disk = Some(disk.clone());
                 guest.tap = Some(tap.as_raw_fd());
+                if vsock {
+                    let socket = self.directory.join("vsock");
+                    vsock::serve(vmm, &socket, STREAM as u64)?;
+                    guest.vsock = Some(socket);
+                }
                 let mut machine = guest.start(vmm)?;
-                for ((_, step, amount), (_, values)) in FIGURES.iter().zip(&mut samples) {
+                for ((_, step, amount), (_, values)) in steps.clone().zip(&mut samples) {
                     let took = step_of(&mut machine, step)?;
                     values.push(match amount {
                         Amount::Mebibytes(bytes) => as_f64(*bytes) / f64::from(1 << 20) / took.as_secs_f64(),
@@ -165,13 +201,16 @@ enum Amount {
 }
 
 /// The figures in the order of the script's steps: name, step, amount.
-const FIGURES: [(&str, &str, Amount); 6] = [
+const FIGURES: [(&str, &str, Amount); 9] = [
     ("block_read_mib_s", "block-read", Amount::Mebibytes(DISK)),
     ("block_write_mib_s", "block-write", Amount::Mebibytes(DISK / 2)),
     ("block_read_4k_us", "block-latency", Amount::Requests(REQUESTS)),
     ("net_receive_mib_s", "net-receive", Amount::Mebibytes(STREAM as u64)),
     ("net_send_mib_s", "net-send", Amount::Mebibytes(STREAM as u64)),
     ("net_round_trip_us", "net-latency", Amount::Requests(REQUESTS)),
+    ("vsock_receive_mib_s", "vsock-receive", Amount::Mebibytes(STREAM as u64)),
+    ("vsock_send_mib_s", "vsock-send", Amount::Mebibytes(STREAM as u64)),
+    ("vsock_latency_us", "vsock-latency", Amount::Requests(REQUESTS)),
 ];
 
 /// Each step says `NAME+` before and `NAME-` after.
@@ -189,8 +228,17 @@ step block-latency dd if=/dev/vda of=/dev/null bs=4k count=500 iflag=direct; ech
 step net-receive nc 10.91.0.1 7001; echo net-receive-
 step net-send send; echo net-send-
 step net-latency ping -A -q -c 500 10.91.0.1; echo net-latency-
-while :; do sleep 1000; done
 ";
+
+/// Follows when there is a vsock device.
+const SCRIPT_VSOCK: &str = "\
+step vsock-receive xtask bench client receive; echo vsock-receive-
+step vsock-send xtask bench client send 67108864; echo vsock-send-
+step vsock-latency xtask bench client echo 500; echo vsock-latency-
+";
+
+/// Init never ends.
+const SCRIPT_END: &str = "while :; do sleep 1000; done\n";
 
 fn step_of(machine: &mut Running, step: &str) -> Result<Duration> {
     let begin = machine.word(&format!("{step}+"))?;
@@ -249,7 +297,7 @@ impl Server {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "figures are shown with two digits")]
-fn as_f64(value: u64) -> f64 {
+pub(super) fn as_f64(value: u64) -> f64 {
     value as f64
 }
 

@@ -11,9 +11,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::{
+    control::Control,
     guest::MARK,
     memory::{self, Memory},
     report::{CAISSON, QEMU},
+    vsock::GUEST_CID,
 };
 
 /// The guest's address at the end of its cable, and ours.
@@ -52,10 +54,17 @@ pub(super) struct Guest<'a> {
     pub(super) disk: Option<PathBuf>,
     /// An attached tap device, as an inheritable descriptor.
     pub(super) tap: Option<i32>,
+    /// A vsock device; where our own VMM's unix sockets are.
+    pub(super) vsock: Option<PathBuf>,
+    /// In our VMM's jail.
+    pub(super) jailed: bool,
 }
 
 /// What both kernels are told: nothing that they would say is waited for.
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=0 8250.nr_uarts=1 panic=-1";
+
+/// How long the host is left alone before a start.
+const REST: Duration = Duration::from_millis(200);
 
 /// A machine that runs. Dropping it ends it.
 pub(super) struct Running {
@@ -79,11 +88,24 @@ impl Guest<'_> {
             Vmm::Caisson => self.caisson()?,
             Vmm::Qemu => self.qemu(),
         };
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let started = Instant::now();
-        let mut child = command.spawn().with_context(|| format!("starting {}", vmm.name()))?;
-        let console = child.stdout.take().context("no pipe from the console")?;
-        Ok(Running { child, started, console, heard: Vec::new() })
+        command.stdin(Stdio::null());
+        spawn(command).with_context(|| format!("starting {}", vmm.name()))
+    }
+
+    /// Starts it in our VMM, with a control connection.
+    pub(super) fn start_controlled(&self) -> Result<(Running, Control)> {
+        let (control, theirs) = Control::pair()?;
+        let mut command = self.caisson()?;
+        command.args(["--control-fd", "0"]).stdin(theirs);
+        Ok((spawn(command)?, control))
+    }
+
+    /// Starts our VMM without a machine.
+    pub(super) fn start_empty(&self) -> Result<(Running, Control)> {
+        let (control, theirs) = Control::pair()?;
+        let mut command = Command::new(self.directory.join("caisson-vmm"));
+        command.args(["--control-fd", "0"]).stdin(theirs);
+        Ok((spawn(command)?, control))
     }
 
     fn caisson(&self) -> Result<Command> {
@@ -105,12 +127,22 @@ impl Guest<'_> {
             let options = serde_json::json!({ "mac": GUEST_MAC });
             devices.push(serde_json::json!({ "net": { "tap": format!("fd:{tap}"), "options": options } }));
         }
+        if let Some(socket) = &self.vsock {
+            let options = serde_json::json!({ "guest_cid": GUEST_CID });
+            // The socket of the run before may still be there.
+            let _ = fs::remove_file(socket);
+            devices.push(serde_json::json!({ "vsock": { "socket": socket, "options": options } }));
+        }
         if !devices.is_empty() {
             machine["devices"] = devices.into();
         }
         fs::write(&file, machine.to_string()).context("writing the machine file")?;
         let mut command = Command::new(self.directory.join("caisson-vmm"));
         command.arg("--config").arg(file);
+        if self.jailed {
+            // An empty file: the jail as it is by default.
+            command.args(["--jail", "/dev/null"]);
+        }
         Ok(command)
     }
 
@@ -118,6 +150,8 @@ impl Guest<'_> {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-M", "microvm,acpi=off,pit=off,pic=off,rtc=off,x-option-roms=off,isa-serial=on"]);
         command.args(["-accel", "kvm", "-cpu", "host", "-m", "128", "-smp", "1"]);
+        // Version 1.0 of VIRTIO, as ours.
+        command.args(["-global", "virtio-mmio.force-legacy=false"]);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         command.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
         command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initramfs);
@@ -131,11 +165,30 @@ impl Guest<'_> {
             command.arg("-netdev").arg(format!("tap,id=net,fd={tap}"));
             command.arg("-device").arg(format!("virtio-net-device,netdev=net,mac={GUEST_MAC}"));
         }
+        if self.vsock.is_some() {
+            command.arg("-device").arg(format!("vhost-vsock-device,guest-cid={GUEST_CID}"));
+        }
         command
     }
 }
 
+/// Starts `command`; the clock starts right before.
+fn spawn(mut command: Command) -> Result<Running> {
+    command.stdout(Stdio::piped());
+    // What the host still does about the machine before (its namespaces, its memory) is not this one's.
+    std::thread::sleep(REST);
+    let started = Instant::now();
+    let mut child = command.spawn().context("starting a VMM")?;
+    let console = child.stdout.take().context("no pipe from the console")?;
+    Ok(Running { child, started, console, heard: Vec::new() })
+}
+
 impl Running {
+    /// How long ago it was started.
+    pub(super) fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// Waits for the first mark; milliseconds from the start.
     pub(super) fn mark(&mut self) -> Result<f64> {
         self.until(|heard| heard.contains(&MARK))?;

@@ -6,6 +6,9 @@
 //! | [`inside`] | the testbed's half: the measurements, each a median |
 //! | [`machine`] | starting Caisson or QEMU on the same guest, and timing what it says on its console |
 //! | [`guest`] | the guests: an init of a few instructions, a kernel that stops at its entry, a small system |
+//! | [`snapshot`] | saving and restoring |
+//! | [`vsock`] | streams over vsock: the guest's and the host's ends |
+//! | [`control`] | the control connection of a machine |
 //! | [`memory`] | what a process holds, the guest's memory apart |
 //! | [`report`] | figures, the table, the JSON |
 //!
@@ -13,11 +16,14 @@
 //! count path length: not caches, not the cost of an exit on real hardware, not parallelism. With `--direct` they are
 //! plain time.
 
+mod control;
 mod guest;
 pub(crate) mod inside;
 mod machine;
 mod memory;
 mod report;
+mod snapshot;
+pub(crate) mod vsock;
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
@@ -40,6 +46,9 @@ pub(crate) enum BenchCommand {
     /// The half that runs in the testbed.
     #[command(hide = true)]
     Inside(inside::InsideArgs),
+    /// What runs in a guest that is measured.
+    #[command(hide = true)]
+    Client(vsock::ClientArgs),
 }
 
 /// Options of `cargo xtask bench vmm`.

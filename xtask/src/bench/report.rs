@@ -45,7 +45,7 @@ impl Figures {
         let _ = writeln!(table, "{:32} {:>12} {:>12} {:>9}", "", "caisson", "microvm", "ratio");
         for (name, by_name) in &self.medians {
             let cell =
-                |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+                |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.2}"));
             let (ours, theirs) = (by_name.get(CAISSON).copied(), by_name.get(QEMU).copied());
             let ratio = ours.zip(theirs).filter(|(_, theirs)| *theirs != 0.0);
             let ratio = ratio.map(|(ours, theirs)| ours / theirs);
