@@ -21,6 +21,8 @@ const WORKER_STACK: usize = 256 << 10;
 const WORKERS: usize = 16;
 /// How long calls in flight may take once everything has ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How long the removal of containers may take on a machine that goes on.
+const REMOVAL: Duration = Duration::from_secs(10);
 /// Grace of a shutdown that a signal asked for.
 const SIGNAL_GRACE_MS: u32 = 3_000;
 
@@ -146,7 +148,8 @@ fn serve(
         }
         state.closing.send_replace(true);
         // So that the last events reach the host; calls that wait for what will not happen are cut off.
-        let _ = tokio::time::timeout(LAST_WORDS, server).await;
+        let bound = if is_init { LAST_WORDS } else { LAST_WORDS + REMOVAL };
+        let _ = tokio::time::timeout(bound, server).await;
         Ok(how)
     })
 }

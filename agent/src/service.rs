@@ -41,6 +41,7 @@ use tonic::Status;
 use tonic::body::Body;
 use tonic::transport::Server;
 use tower::Service;
+use tracing::warn;
 
 use crate::clock;
 use crate::connection::Incoming;
@@ -88,14 +89,20 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), Serv
     });
     let control = ReceiverStream::new(incoming.control).map(Ok::<_, Infallible>);
     let mut closing = state.closing.subscribe();
+    let shared = Arc::new(Shared::new(state, runtime, processes));
+    let ending = shared.clone();
     let closed = async move {
         // An error means that the state is gone, and with it the reason to serve.
         let _ = closing.wait_for(|&closing| closing).await;
+        if !ending.state.is_init {
+            // The end of a machine takes everything with it; on a machine of others nothing may stay.
+            ending.remove_everything().await;
+        }
     };
     Server::builder()
         .max_concurrent_streams(limits::MAX_IN_FLIGHT)
         .http2_max_header_list_size(16 << 10)
-        .serve_with_incoming_shutdown(Router::new(state, runtime, processes), control, closed)
+        .serve_with_incoming_shutdown(Router::new(shared), control, closed)
         .await?;
     Ok(())
 }
@@ -129,6 +136,24 @@ impl Shared {
         self.runtime.remove(id, force).await?;
         self.processes.forget_all(id);
         self.unmount_all(Some(id.to_owned())).await
+    }
+
+    /// Removes all containers, storages and namespaces, and the control group that they were in.
+    async fn remove_everything(&self) {
+        for container in self.runtime.list() {
+            if let Err(error) = self.remove_container(&container.id, true).await {
+                warn!(container = container.id, error = error.message(), "not removed");
+            }
+        }
+        if let Err(error) = self.unmount_all(None).await {
+            warn!(error = error.message(), "storages stay");
+        }
+        let pod = self.pod.lock().await.take();
+        // Its end waits for its processes.
+        let _ = tokio::task::spawn_blocking(move || drop(pod)).await;
+        if let Err(error) = std::fs::remove_dir(container_config(&self.state).cgroup) {
+            warn!(%error, "the control group stays");
+        }
     }
 
     async fn pod(&self) -> Result<Arc<Pod>, Status> {
@@ -178,8 +203,8 @@ macro_rules! server {
 }
 
 impl Router {
-    fn new(state: Arc<State>, runtime: Runtime, processes: Processes) -> Router {
-        let shared = Arc::new(Shared::new(state.clone(), runtime, processes));
+    fn new(shared: Arc<Shared>) -> Router {
+        let state = shared.state.clone();
         Router {
             containers: server!(ContainersServer, containers::Service(shared.clone())),
             agent: server!(AgentServer, agent::Service::new(state.clone())),

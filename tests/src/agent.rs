@@ -8,6 +8,10 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use caisson_protocol::{client::Client, connect::UnixVsock, v1};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::node::Product;
 
@@ -106,8 +110,16 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Whatever it left is in its own namespaces.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // It removes its containers and their control groups. What else it leaves is in its own namespaces.
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }

@@ -20,7 +20,7 @@ const EVENT: Duration = Duration::from_secs(60);
 #[must_use]
 pub fn process(script: &str, terminal: bool) -> String {
     serde_json::json!({
-        "terminal": terminal, "user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/bin"],
+        "terminal": terminal, "user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/bin:/usr/bin:/sbin:/usr/sbin"],
         "args": ["/bin/sh", "-c", script],
     })
     .to_string()

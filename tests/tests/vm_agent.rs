@@ -1,8 +1,19 @@
 //! The agent as PID 1 of a guest in our own VMM: containers, devices, restores, the end.
 
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
 use anyhow::{Context, Result, ensure};
-use caisson_e2e::{containers, pod_vm::PodVm};
+use caisson_e2e::{
+    containers::{self, Pod},
+    pod_vm::PodVm,
+    vmm::PATIENCE,
+};
 use caisson_protocol::v1;
+use caisson_vmm::control::protocol::Resize;
+use tonic::Code;
 
 #[tokio::test]
 async fn the_agent_is_pid_1_and_ends_the_machine_in_order() -> Result<()> {
@@ -19,12 +30,85 @@ async fn the_agent_is_pid_1_and_ends_the_machine_in_order() -> Result<()> {
 
 #[tokio::test]
 async fn busybox_runs_in_a_machine() -> Result<()> {
-    let mut vm = PodVm::boot("memory.hotplug_mib = 0\n").await?;
+    let mut vm = PodVm::boot("").await?;
     let pod = vm.pod().await?;
     containers::output_and_exit_code_arrive(&pod).await.context("output")?;
     containers::a_terminal_has_a_size_and_both_directions(&pod).await.context("terminal")?;
     containers::execs_and_signals_reach_a_running_container(&pod).await.context("exec")?;
     containers::too_much_memory_is_reported(&pod).await.context("memory")?;
     containers::a_hundred_megabytes_go_through_a_container_intact(&pod).await.context("100 MB")?;
+    Ok(())
+}
+
+/// What a guest says that must differ between two.
+async fn draws(pod: &Pod) -> Result<Vec<String>> {
+    let script = "head -c 32 /dev/urandom | hexdump -v -e '1/1 \"%02x\"'; echo; \
+                  cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id";
+    Ok(pod.output("draws", script).await?.lines().map(str::to_owned).collect())
+}
+
+#[tokio::test]
+async fn clones_of_one_guest_never_draw_the_same() -> Result<()> {
+    let template = PodVm::boot("").await?.into_template()?;
+    let mut seen = BTreeSet::new();
+    for number in 0..3 {
+        let mut vm = template.clone_it(10 + number).await?;
+        let entropy = std::fs::read("/proc/sys/kernel/random/uuid")?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        let request = v1::AfterRestoreRequest {
+            entropy,
+            realtime_ns: i64::try_from(now.as_nanos())?,
+            hostname: format!("clone-{number}"),
+            machine_id: String::new(),
+        };
+        let told = vm.client.machine().after_restore(request).await?.into_inner();
+        let pod = vm.pod().await?;
+        let drawn = draws(&pod).await?;
+        ensure!(drawn.len() == 3, "{drawn:?}");
+        for each in drawn.iter().chain([&told.machine_id]) {
+            ensure!(seen.insert(each.clone()), "{each} was drawn twice");
+        }
+        ensure!(drawn[2] == told.boot_id, "the boot id is {} and was said to be {}", drawn[2], told.boot_id);
+        let host = pod.output("host", "hostname; date +%s").await?;
+        let (name, seconds) = host.split_once('\n').context("two lines")?;
+        ensure!(name == format!("clone-{number}"), "{host}");
+        let behind =
+            SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() - seconds.trim().parse::<u64>()?;
+        ensure!(behind < 20, "the guest's clock is {behind} s behind");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn processors_and_memory_come_and_go() -> Result<()> {
+    let mut vm = PodVm::boot("memory.hotplug_mib = 256\ncpus.max = 3\n").await?;
+    let before = memory_kib(&vm).await?;
+    vm.vmm.client.resize(Resize { cpus: Some(3), plugged_mib: Some(256), ..Resize::default() })?;
+    let mut machine = vm.client.machine();
+    let online = machine.online_cpus(v1::OnlineCpusRequest { count: 3 }).await?.into_inner().online;
+    ensure!(online == 3, "{online} processors");
+    let refused = machine.online_cpus(v1::OnlineCpusRequest { count: 4 }).await.err().map(|e| e.code());
+    ensure!(refused == Some(Code::InvalidArgument), "{refused:?}");
+    eventually("memory has grown", || async { Ok(memory_kib(&vm).await? > before + 200_000) }).await?;
+    let fewer = machine.online_cpus(v1::OnlineCpusRequest { count: 1 }).await?.into_inner().online;
+    ensure!(fewer == 1, "{fewer} processors");
+    vm.vmm.client.resize(Resize { plugged_mib: Some(0), ..Resize::default() })?;
+    eventually("memory has shrunk", || async { Ok(memory_kib(&vm).await? < before + 50_000) }).await
+}
+
+async fn memory_kib(vm: &PodVm) -> Result<u64> {
+    let details = vm.client.agent().guest_details(v1::GuestDetailsRequest {}).await?.into_inner();
+    Ok(details.memory_total / 1024)
+}
+
+async fn eventually<F: Future<Output = Result<bool>>>(
+    what: &str,
+    mut holds: impl FnMut() -> F,
+) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds().await? {
+        ensure!(Instant::now() < deadline, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     Ok(())
 }

@@ -24,6 +24,9 @@ const E2E_LIMIT: u64 = 40 * 60;
 /// The same for the soaks.
 const SOAK_LIMIT: u64 = 12 * 3600;
 
+/// The tests that containerd's version may make a difference to, as a nextest filter.
+const WITH_CONTAINERD: &str = "binary(runc_baseline) | binary(testbed) | binary(/^shim/)";
+
 /// Options of `cargo xtask test`. Without any, everything runs but the soaks.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct TestArgs {
@@ -165,8 +168,8 @@ fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Varia
         .extend(["nextest", "run", "--no-fail-fast", "--profile=e2e", "--archive-file"].map(str::to_owned));
     command.push(there(&parts.archive)?);
     command.push(format!("--workspace-remap={}", there(&host.workspace)?));
-    if let Some(filter) = &args.filter {
-        command.extend(["-E", filter, "--no-tests", "pass"].map(str::to_owned));
+    if let Some(filter) = filter(args, variant) {
+        command.extend(["-E", &filter, "--no-tests", "pass"].map(str::to_owned));
     }
     if args.soak {
         command.extend(["--profile=soak", "--run-ignored=only"].map(str::to_owned));
@@ -184,6 +187,15 @@ fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Varia
     let code = exec::exec(host, &request)?;
     ensure!(code == ExitCode::SUCCESS, "the whole-system tests failed");
     Ok(())
+}
+
+/// The tests to run on a variant: both have the same kernel, so what has nothing to do with containerd runs on one.
+fn filter(args: &TestArgs, variant: Option<Variant>) -> Option<String> {
+    match (&args.filter, variant) {
+        (Some(asked), _) => Some(asked.clone()),
+        (None, Some(Variant::Sid)) => Some(WITH_CONTAINERD.to_owned()),
+        (None, _) => None,
+    }
 }
 
 /// Kills xtask's own commands midway.
