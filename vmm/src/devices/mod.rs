@@ -11,6 +11,7 @@
 pub mod balloon;
 pub mod block;
 pub mod exit;
+pub mod fs;
 pub mod mem;
 pub mod net;
 pub mod rng;
@@ -34,6 +35,8 @@ pub enum DeviceState {
     Net(net::NetState),
     /// Socket device.
     Vsock(vsock::VsockState),
+    /// Shared directory.
+    Fs(fs::FsState),
 }
 
 impl DeviceState {
@@ -48,6 +51,7 @@ impl DeviceState {
             Self::Block(state) => &state.queues,
             Self::Net(state) => &state.queues,
             Self::Vsock(state) => &state.queues,
+            Self::Fs(state) => &state.queues,
         }
     }
 }
@@ -68,4 +72,6 @@ pub enum DeviceMetrics {
     Net(std::sync::Arc<net::NetMetrics>),
     /// Socket device.
     Vsock(std::sync::Arc<vsock::VsockMetrics>),
+    /// Shared directory.
+    Fs(std::sync::Arc<fs::FsMetrics>),
 }

@@ -1,6 +1,6 @@
 //! Descriptor chains as host buffers: for devices that let the kernel read or write guest memory in place.
 
-use std::{fmt, ptr};
+use std::{fmt, ops::Deref, ptr};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
@@ -94,11 +94,14 @@ impl GuestBuffers {
     ///
     /// # Errors
     /// When the chain is malformed, see [`ChainError`]; what was appended by then stays.
-    pub fn append_chain(
-        chain: DescriptorChain<&GuestMemoryMmap<()>>,
+    pub fn append_chain<M>(
+        chain: DescriptorChain<M>,
         readable: &mut Self,
         writable: &mut Self,
-    ) -> Result<(), ChainError> {
+    ) -> Result<(), ChainError>
+    where
+        M: Clone + Deref<Target = GuestMemoryMmap<()>>,
+    {
         let mut last: Option<Descriptor> = None;
         for descriptor in chain {
             let written = descriptor.is_write_only();

@@ -1,0 +1,174 @@
+//! Guests that mean harm.
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{super::*, bench::*};
+use crate::virtio::mock::{Buffer, MockQueue};
+
+#[test]
+fn names_that_are_more_than_a_name_are_refused() {
+    let mut bench = Bench::new();
+    std::fs::write(bench.path("file"), "x").unwrap();
+    let file = bench.lookup(ROOT, "file").unwrap();
+    let long = "n".repeat(256);
+    for name in ["", ".", "..", "/", "a/b", "../a", "/etc/passwd", &long] {
+        let expected = if name.len() > 255 { libc::ENAMETOOLONG } else { libc::EINVAL };
+        let one = |body: &[u8]| [body.to_vec(), text(name)].concat();
+        let other = |body: &[u8]| [body.to_vec(), text("file"), text(name)].concat();
+        let requests = [
+            ("lookup", 1, one(&[])),
+            ("symlink", 6, [text(name), text("target")].concat()),
+            ("mknod", 8, one(&words(&[libc::S_IFREG | 0o600, 0, 0, 0]))),
+            ("mkdir", 9, one(&words(&[0o700, 0]))),
+            ("unlink", 10, one(&[])),
+            ("rmdir", 11, one(&[])),
+            ("rename from", 12, [ROOT.to_le_bytes().to_vec(), text(name), text("new")].concat()),
+            ("rename to", 12, other(&ROOT.to_le_bytes())),
+            ("rename2 to", 45, other(&[&ROOT.to_le_bytes()[..], &[0; 8]].concat())),
+            ("link", 13, one(&file.to_le_bytes())),
+            ("create", 35, one(&words(&[2, 0o600, 0, 0]))),
+        ];
+        for (what, opcode, body) in requests {
+            assert_eq!(bench.call(opcode, ROOT, &body), Err(expected), "{what} {name:?}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(bench.dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_guest_holds_no_more_than_its_share_of_descriptors() {
+    let mut bench = Bench::with(FsConfig { max_descriptors: 4, ..config() });
+    for i in 0..5 {
+        std::fs::write(bench.path(&i.to_string()), "").unwrap();
+    }
+    let nodes: Vec<_> = (0..4).map(|i| bench.lookup(ROOT, &i.to_string()).unwrap()).collect();
+    assert_eq!(bench.lookup(ROOT, "4"), Err(libc::ENFILE));
+    assert_eq!(bench.open(nodes[0], libc::O_RDONLY), Err(libc::ENFILE));
+    assert_eq!(bench.create("new", 0o600, 0), Err(libc::ENFILE));
+    assert_eq!(bench.mknod("new", libc::S_IFREG | 0o600, 0), Err(libc::ENFILE));
+    assert!(!bench.path("new").exists());
+    bench.forget(nodes[3], 1);
+    let handle = bench.open(nodes[0], libc::O_RDONLY).unwrap();
+    assert_eq!(bench.open(nodes[0], libc::O_RDONLY), Err(libc::ENFILE));
+    bench.release((nodes[0], handle)).unwrap();
+    bench.lookup(ROOT, "4").unwrap();
+}
+
+#[test]
+fn what_is_not_served_does_not_exist() {
+    let mut bench = Bench::new();
+    for opcode in [0, 7, 31, 32, 33, 37, 39, 40, 41, 47, 48, 49, 50, 4096, u32::MAX] {
+        assert_eq!(bench.call(opcode, ROOT, &[0; 64]), Err(libc::ENOSYS), "{opcode}");
+    }
+    assert_eq!(bench.call(1, 77, &text("name")), Err(libc::ESTALE));
+    assert_eq!(bench.fs.metrics.refused.get(), 15);
+}
+
+#[test]
+fn handles_are_of_one_file() {
+    let mut bench = Bench::new();
+    let (a, b) = (bench.create("a", 0o600, 0).unwrap(), bench.create("b", 0o600, 0).unwrap());
+    assert_eq!(bench.read((a.0, b.1), 0, 1), Err(libc::EBADF));
+    assert_eq!(bench.write((a.0, b.1), 0, 0, b"x"), Err(libc::EBADF));
+    assert_eq!(bench.release((a.0, b.1)), Err(libc::EBADF));
+    assert_eq!(bench.call(28, a.0, &read_in(a.1, 0, 4096)), Err(libc::ENOTDIR));
+}
+
+#[test]
+fn short_and_shapeless_chains_are_only_given_back() {
+    let mut bench = Bench::new();
+    let message = bench.message(1, ROOT, &text("x"));
+    assert_eq!(bench.raw(1, &message[..39], 100), 0, "no header");
+    assert_eq!(bench.raw(1, &message, 15), 0, "no room for an answer");
+    assert_eq!(bench.raw(1, &message, 0), 0);
+    assert_eq!(bench.raw(1, &message[..40], 100), 16, "shorter than it says");
+    let head = bench.queues[1].add(&[Buffer::writable(REPLY, 64), Buffer::readable(REQUEST, 64)]);
+    bench.fs.process(DeviceEvent::Queue(1)).unwrap();
+    bench.settle();
+    assert_eq!(bench.queues[1].used(), [(head, 0)]);
+    let head = bench.queues[1].add(&[Buffer::readable(u64::MAX - 8, 64), Buffer::writable(REPLY, 64)]);
+    bench.fs.process(DeviceEvent::Queue(1)).unwrap();
+    bench.settle();
+    assert_eq!(bench.queues[1].used(), [(head, 0)]);
+    assert_eq!(bench.lookup(ROOT, "x"), Err(libc::ENOENT), "it goes on");
+}
+
+#[test]
+fn a_broken_ring_ends_the_device() {
+    let mut bench = Bench::new();
+    bench.queues[1].set_available(5_000);
+    assert!(matches!(bench.fs.process(DeviceEvent::Queue(1)), Err(DeviceError::Ring { queue: 1, .. })));
+    bench.fs.reset();
+    bench.queues = [MockQueue::new(&bench.mem, 0, QUEUE), MockQueue::new(&bench.mem, 0x4000, QUEUE)];
+    bench.activate().unwrap();
+    bench.init().unwrap();
+}
+
+#[test]
+fn many_requests_at_once_are_all_answered() {
+    let mut bench = Bench::new();
+    std::fs::write(bench.path("file"), vec![7; 4096]).unwrap();
+    let node = bench.lookup(ROOT, "file").unwrap();
+    let handle = bench.open(node, libc::O_RDONLY).unwrap();
+    let message = bench.message(15, node, &read_in(handle, 0, 4096));
+    bench.mem.write_slice(&message, GuestAddress(REQUEST)).unwrap();
+    let len = u32::try_from(message.len()).unwrap();
+    bench.interrupt.take_queue();
+    for _ in 0..20 {
+        for n in 0..u64::from(QUEUE / 2) {
+            let buffers = [Buffer::readable(REQUEST, len), Buffer::writable(REPLY + n * 0x2000, 4112)];
+            bench.queues[1].add(&buffers);
+        }
+        bench.fs.process(DeviceEvent::Queue(1)).unwrap();
+        bench.settle();
+        let used = bench.queues[1].used();
+        assert_eq!((used.len(), used.iter().all(|used| used.1 == 4112)), (32, true));
+    }
+    assert!(bench.interrupt.take_queue() > 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Random bytes after a header that is right, of random length, into random room.
+    #[test]
+    fn no_message_does_harm(
+        messages in prop::collection::vec(
+            (1u32..52, 0u64..4, prop::collection::vec(any::<u8>(), 0..200), 0u32..300, any::<bool>()),
+            1..40,
+        ),
+    ) {
+        let mut bench = Bench::new();
+        bench.create("file", 0o600, 0).unwrap();
+        for (opcode, node, body, room, urgent) in messages {
+            let message = bench.message(opcode, node, &body);
+            prop_assert!(bench.raw(usize::from(!urgent), &message, room) <= room);
+        }
+        bench.init().unwrap();
+        prop_assert_eq!(bench.attributes(ROOT).0 & libc::S_IFMT, libc::S_IFDIR);
+    }
+
+    /// Nothing but random bytes.
+    #[test]
+    fn no_bytes_do_harm(bytes in prop::collection::vec(any::<u8>(), 1..2000), room in 0u32..5000) {
+        let mut bench = Bench::new();
+        prop_assert!(bench.raw(1, &bytes, room) <= room);
+    }
+
+    /// Descriptors of any kind, in any order: an error or an answer, and never a hang.
+    #[test]
+    fn no_chain_does_harm(
+        descriptors in prop::collection::vec((0u64..0x60_0000, 0u32..0x10_0000, 0u16..8, 0u16..QUEUE), 1..16),
+        heads in prop::collection::vec(0u16..QUEUE, 1..8),
+    ) {
+        let mut bench = Bench::new();
+        for (index, (addr, len, flags, next)) in (0..).zip(descriptors) {
+            bench.queues[1].raw_descriptor(index, addr, len, flags, next);
+        }
+        heads.into_iter().for_each(|head| bench.queues[1].offer(head));
+        let _ = bench.fs.process(DeviceEvent::Queue(1));
+        bench.settle();
+        bench.fs.reset();
+    }
+}

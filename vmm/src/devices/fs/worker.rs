@@ -1,0 +1,117 @@
+//! The threads that serve requests.
+
+use std::{
+    collections::VecDeque,
+    fmt, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    thread::{self, JoinHandle},
+};
+
+use super::passthrough::sys;
+use crate::{jail, seccomp};
+
+/// Requests are decoded on the heap; this is for the frames.
+const STACK: usize = 256 << 10;
+
+/// Something to do on a worker.
+pub(super) type Job = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Job>,
+    stop: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    /// This process's `/proc/self/fd`.
+    descriptors: OwnedFd,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Threads that serve the requests of any number of shared directories.
+///
+/// They are apart from the devices because a jailed main thread can make no thread that may do more than itself:
+/// start them inside the jail's namespaces and ids, before the main thread installs its own filter and drops the
+/// capabilities that only these keep. Each has a working directory and a file mode creation mask of its own.
+pub struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Workers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Workers").field("threads", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+impl Workers {
+    /// Starts `count` threads. `descriptors` is `/proc/self/fd` of this very process (not of a parent), opened with
+    /// `O_PATH | O_DIRECTORY`: the way from a descriptor that only names a file to one that reads it.
+    ///
+    /// # Errors
+    /// When a thread cannot be started, or not be set up.
+    pub fn start(count: usize, descriptors: OwnedFd) -> io::Result<Arc<Self>> {
+        let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), descriptors });
+        let mut workers = Self { shared: shared.clone(), threads: Vec::with_capacity(count) };
+        for _ in 0..count.max(1) {
+            let shared = shared.clone();
+            let (ready, result) = mpsc::sync_channel(1);
+            let start = move || {
+                let set_up = sys::private_directory(shared.descriptors.as_fd());
+                let failed = set_up.is_err();
+                // Whoever started this thread waits for it.
+                let _ = ready.send(set_up);
+                drop(ready);
+                if !failed {
+                    jail::confine_thread_or_abort(seccomp::Thread::Fs);
+                    work(&shared);
+                }
+            };
+            workers.threads.push(thread::Builder::new().name("fs".into()).stack_size(STACK).spawn(start)?);
+            result.recv().map_err(io::Error::other)??;
+        }
+        Ok(Arc::new(workers))
+    }
+
+    /// `/proc/self/fd`.
+    pub(super) fn descriptors(&self) -> BorrowedFd<'_> {
+        self.shared.descriptors.as_fd()
+    }
+
+    pub(super) fn submit(&self, job: Job) {
+        self.shared.lock().waiting.push_back(job);
+        self.shared.work.notify_one();
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            // The last device may be dropped by a job of its own, on one of these.
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn work(shared: &Shared) {
+    loop {
+        let waiting = |state: &mut State| state.waiting.is_empty() && !state.stop;
+        let mut state =
+            shared.work.wait_while(shared.lock(), waiting).unwrap_or_else(PoisonError::into_inner);
+        let Some(job) = state.waiting.pop_front() else { return };
+        drop(state);
+        job();
+    }
+}
