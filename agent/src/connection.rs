@@ -9,7 +9,7 @@ use caisson_protocol::{connect, ports};
 use nix::unistd::geteuid;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
@@ -21,12 +21,21 @@ trait Transport: AsyncRead + AsyncWrite + Send {}
 impl<T: AsyncRead + AsyncWrite + Send> Transport for T {}
 
 /// A connection, whatever its transport.
-pub struct Connection(Pin<Box<dyn Transport>>);
+pub struct Connection {
+    transport: Pin<Box<dyn Transport>>,
+    /// Its place among those that may be open at a time, if their number is limited.
+    _permit: Option<OwnedSemaphorePermit>,
+}
 
 impl Connection {
     /// Wraps a transport's connection.
     pub fn new(transport: impl AsyncRead + AsyncWrite + Send + 'static) -> Connection {
-        Connection(Box::pin(transport))
+        Connection { transport: Box::pin(transport), _permit: None }
+    }
+
+    /// The connection, which gives `permit` back at its end.
+    pub fn holding(self, permit: OwnedSemaphorePermit) -> Connection {
+        Connection { _permit: Some(permit), ..self }
     }
 }
 
@@ -36,21 +45,21 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.0.as_mut().poll_read(cx, buf)
+        self.transport.as_mut().poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.0.as_mut().poll_write(cx, buf)
+        self.transport.as_mut().poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.as_mut().poll_flush(cx)
+        self.transport.as_mut().poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.as_mut().poll_shutdown(cx)
+        self.transport.as_mut().poll_shutdown(cx)
     }
 }
 

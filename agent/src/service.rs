@@ -34,7 +34,7 @@ use caisson_protocol::v1::transfers_server::{SERVICE_NAME as TRANSFERS, Transfer
 use futures_util::FutureExt;
 use processes::Processes;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -76,7 +76,7 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), Serv
     state.listening_us.store(clock::boottime_us(), Ordering::Release);
     let streams = state.streams.clone();
     tokio::spawn(async move {
-        let permits = Arc::new(tokio::sync::Semaphore::new(limits::MAX_STREAM_CONNECTIONS));
+        let permits = Arc::new(Semaphore::new(limits::MAX_STREAM_CONNECTIONS));
         while let Some(connection) = incoming.streams.recv().await {
             // Handshakes in flight are what is bounded here; streams themselves are bounded by who makes them.
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
@@ -87,7 +87,14 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), Serv
             });
         }
     });
-    let control = ReceiverStream::new(incoming.control).map(Ok::<_, Infallible>);
+    let permits = Arc::new(Semaphore::new(limits::MAX_CONTROL_CONNECTIONS));
+    let control = ReceiverStream::new(incoming.control).filter_map(move |connection| {
+        let permit = permits.clone().try_acquire_owned();
+        if permit.is_err() {
+            warn!(limit = limits::MAX_CONTROL_CONNECTIONS, "closed a control connection: too many");
+        }
+        permit.ok().map(|permit| Ok::<_, Infallible>(connection.holding(permit)))
+    });
     let mut closing = state.closing.subscribe();
     let shared = Arc::new(Shared::new(state, runtime, processes));
     let ending = shared.clone();

@@ -6,7 +6,7 @@ use std::time::Duration;
 pub const MAX_MESSAGE: usize = 4 << 20;
 /// Calls in flight on one control connection; `Wait` and the server streams count.
 pub const MAX_IN_FLIGHT: u32 = 1024;
-/// Control connections at a time.
+/// Control connections at a time; the agent closes what is opened beyond.
 pub const MAX_CONTROL_CONNECTIONS: usize = 32;
 /// Stream connections at a time.
 pub const MAX_STREAM_CONNECTIONS: usize = 4096;

@@ -54,6 +54,14 @@ impl Agent {
         }
     }
 
+    /// Another client, with a connection of its own.
+    ///
+    /// # Errors
+    /// When the agent does not let it in.
+    pub async fn connect(&self) -> Result<Client<UnixVsock>> {
+        Ok(Client::connect(UnixVsock::new(self.directory.path().join("agent.sock"))).await?)
+    }
+
     /// The process.
     #[must_use]
     pub fn pid(&self) -> u32 {

@@ -1,7 +1,7 @@
 //! Linux guests booted by QEMU: the yardstick for our own VMM, and the proof that the machine's KVM is real.
 
 use std::{
-    io::Read,
+    fs::File,
     os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Stdio},
@@ -51,30 +51,81 @@ pub fn boot_in_qemu(kernel: &Path, initramfs: &Path, limit: Duration) -> Result<
     Ok(Boot { console: stdout, elapsed: started.elapsed() })
 }
 
-/// Makes an initramfs of busybox and one shell script as `/init`, by the machine's own `busybox` and `cpio`.
+/// The files of an initramfs that is being put together.
+pub struct Initramfs {
+    tree: tempfile::TempDir,
+}
+
+impl Initramfs {
+    /// One with nothing but the directories that a kernel wants.
+    ///
+    /// # Errors
+    /// When there is no place for it.
+    pub fn new() -> Result<Self> {
+        let tree = tempfile::tempdir().context("making a directory")?;
+        for directory in ["bin", "dev", "proc", "sys"] {
+            std::fs::create_dir(tree.path().join(directory))?;
+        }
+        Ok(Self { tree })
+    }
+
+    /// Adds the machine's own static busybox, and a script of its shell as `/init`.
+    ///
+    /// # Errors
+    /// When there is no busybox.
+    pub fn busybox(&self, init: &str) -> Result<()> {
+        self.copy(Path::new("/bin/busybox"), "bin/busybox")?;
+        std::os::unix::fs::symlink("busybox", self.tree.path().join("bin/sh"))?;
+        let path = self.tree.path().join("init");
+        std::fs::write(&path, format!("#!/bin/sh\n{init}"))?;
+        Ok(std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?)
+    }
+
+    /// Adds a program with the libraries that it is linked with.
+    ///
+    /// # Errors
+    /// When a file is missing.
+    pub fn program(&self, program: &Path, name: &str) -> Result<()> {
+        self.copy(program, name)?;
+        let libraries = Command::new("ldd").arg(program).output().context("starting ldd")?;
+        for word in String::from_utf8_lossy(&libraries.stdout).split_whitespace() {
+            if word.starts_with('/') {
+                self.copy(&Path::new(word).canonicalize()?, word)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Packs it, by the machine's own `cpio`.
+    ///
+    /// # Errors
+    /// When there is none, or the file can't be written.
+    pub fn write(self, output: &Path) -> Result<()> {
+        let file = File::create(output).with_context(|| format!("creating {}", output.display()))?;
+        let status = Command::new("sh")
+            .args(["-c", "find . | cpio --quiet --create --format=newc --owner=0:0"])
+            .current_dir(self.tree.path())
+            .stdout(file)
+            .status()
+            .context("starting cpio")?;
+        ensure!(status.success(), "cpio: {status}");
+        Ok(())
+    }
+
+    fn copy(&self, from: &Path, to: &str) -> Result<()> {
+        let to = self.tree.path().join(to.trim_start_matches('/'));
+        std::fs::create_dir_all(to.parent().context("no directory")?)?;
+        std::fs::copy(from, &to).with_context(|| format!("copying {}", from.display()))?;
+        Ok(std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755))?)
+    }
+}
+
+/// Makes an initramfs of busybox and one shell script as `/init`.
 ///
 /// # Errors
 /// When a tool is missing or the file can't be written.
 pub fn busybox_initramfs(init: &str, output: &Path) -> Result<()> {
-    let tree = tempfile::tempdir().context("making a directory")?;
-    let bin = tree.path().join("bin");
-    for directory in ["bin", "dev", "proc", "sys"] {
-        std::fs::create_dir(tree.path().join(directory))?;
-    }
-    std::fs::copy("/bin/busybox", bin.join("busybox")).context("copying the static busybox")?;
-    std::os::unix::fs::symlink("busybox", bin.join("sh"))?;
-    let path = tree.path().join("init");
-    std::fs::write(&path, format!("#!/bin/sh\n{init}"))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
-
-    let mut cpio = Command::new("sh")
-        .args(["-c", "find . | cpio --quiet --create --format=newc --owner=0:0"])
-        .current_dir(tree.path())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("starting cpio")?;
-    let mut archive = Vec::new();
-    cpio.stdout.take().context("no pipe from cpio")?.read_to_end(&mut archive)?;
-    ensure!(cpio.wait()?.success(), "cpio failed");
-    std::fs::write(output, archive).with_context(|| format!("writing {}", output.display()))
+    let initramfs = Initramfs::new()?;
+    initramfs.busybox(init)?;
+    initramfs.write(output)
 }

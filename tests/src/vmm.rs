@@ -17,7 +17,7 @@ use caisson_vmm::{
 };
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use crate::{guest, node::Product};
+use crate::{guest::Initramfs, node::Product};
 
 /// How long a guest may take for anything in a slow testbed.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -33,6 +33,14 @@ impl Workshop {
     /// # Errors
     /// When the initramfs cannot be made.
     pub fn new(script: &str) -> Result<Self> {
+        Self::with_programs(script, &[])
+    }
+
+    /// As [`new`](Self::new), with programs of the testbed that the guest finds as `/host/NAME`.
+    ///
+    /// # Errors
+    /// When the initramfs cannot be made.
+    pub fn with_programs(script: &str, programs: &[(&Path, &str)]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let init = format!(
             "/bin/busybox --install -s /bin\n\
@@ -40,7 +48,12 @@ impl Workshop {
              {script}\n\
              reboot -f\n"
         );
-        guest::busybox_initramfs(&init, &directory.path().join("initramfs"))?;
+        let initramfs = Initramfs::new()?;
+        initramfs.busybox(&init)?;
+        for (program, name) in programs {
+            initramfs.program(program, &format!("host/{name}"))?;
+        }
+        initramfs.write(&directory.path().join("initramfs"))?;
         Ok(Self { directory })
     }
 

@@ -5,12 +5,8 @@
 
 use std::{
     io::{Read, Write},
-    os::unix::{
-        fs::PermissionsExt,
-        net::{UnixListener, UnixStream},
-    },
+    os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -31,7 +27,7 @@ use caisson_vmm::{
     resources::{self, Descriptors, Resources},
 };
 
-use crate::node::Product;
+use crate::{guest::Initramfs, node::Product};
 
 /// Sends back what it receives.
 pub const ECHO: u32 = 5001;
@@ -229,29 +225,7 @@ fn run(machine: &Mutex<Machine>, stopping: &AtomicBool) {
 /// # Errors
 /// When a tool is missing or the file can't be written.
 pub fn program_initramfs(program: &Path, output: &Path) -> Result<()> {
-    let tree = tempfile::tempdir()?;
-    let copy = |from: &Path, to: &str| -> Result<()> {
-        let to = tree.path().join(to.trim_start_matches('/'));
-        std::fs::create_dir_all(to.parent().context("no directory")?)?;
-        std::fs::copy(from, &to).with_context(|| format!("copying {}", from.display()))?;
-        Ok(std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755))?)
-    };
-    copy(program, "init")?;
-    std::fs::create_dir(tree.path().join("dev"))?;
-    let libraries = Command::new("ldd").arg(program).output().context("starting ldd")?;
-    for word in String::from_utf8_lossy(&libraries.stdout).split_whitespace() {
-        if word.starts_with('/') {
-            copy(&Path::new(word).canonicalize()?, word)?;
-        }
-    }
-    let mut cpio = Command::new("sh")
-        .args(["-c", "find . | busybox cpio -o -H newc"])
-        .current_dir(tree.path())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("starting busybox")?;
-    let mut archive = Vec::new();
-    cpio.stdout.take().context("no pipe from cpio")?.read_to_end(&mut archive)?;
-    ensure!(cpio.wait()?.success(), "cpio failed");
-    std::fs::write(output, archive).with_context(|| format!("writing {}", output.display()))
+    let initramfs = Initramfs::new()?;
+    initramfs.program(program, "init")?;
+    initramfs.write(output)
 }

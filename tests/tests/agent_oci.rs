@@ -13,6 +13,7 @@ use std::time::Duration;
 use caisson_agent::container::{Config, CreateRequest, Error, Event, ExecRequest, Runtime, State, Stdio};
 use caisson_agent::oci::{Process, Resources, Spec};
 use caisson_agent::reaper::Reaper;
+use caisson_e2e::vmm::{Vmm, Workshop};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -598,4 +599,32 @@ async fn a_failed_create_leaves_nothing() {
     assert!(error.to_string().starts_with("linux.resources.unified[no.such]"), "{error}");
     assert!(bed.runtime.list().is_empty());
     assert_eq!(bed.output(&bed.spec("echo again")).await, "again");
+}
+
+/// The same tests on the guest's kernel, by this very program: every one of them, one after the other.
+#[test]
+fn all_of_this_holds_in_a_machine_of_our_own() {
+    const PROGRAM: &str = "all_of_this_holds_in_a_machine_of_our_own";
+    let agent = Path::new(&std::env::var_os("CAISSON_BIN").unwrap()).join("caisson-agent");
+    let init = format!(
+        "mkdir -p /sys/fs/cgroup /tmp /dev/pts /dev/shm /etc /root
+        mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t tmpfs tmp /tmp; mount -t devpts devpts /dev/pts
+        mount --make-rshared /
+        mkdir /sys/fs/cgroup/init; echo $$ > /sys/fs/cgroup/init/cgroup.procs
+        for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+            echo +$controller > /sys/fs/cgroup/cgroup.subtree_control
+        done
+        ip link set lo up
+        CAISSON_BIN=/host HOME=/root /host/program --test-threads=1 --skip {PROGRAM} && echo all of it holds
+        sleep 1000"
+    );
+    let program = std::env::current_exe().unwrap();
+    let workshop =
+        Workshop::with_programs(&init, &[(&program, "program"), (&agent, "caisson-agent")]).unwrap();
+    let mut config = workshop.config("").unwrap();
+    config.memory.size_mib = 768;
+    let mut vmm = Vmm::boot(config).unwrap();
+    let said = vmm.expect("test result: ").unwrap();
+    assert!(said.contains(" 0 failed"), "{}", vmm.transcript.join("\n"));
+    vmm.expect("all of it holds").unwrap();
 }

@@ -1,11 +1,16 @@
 //! The agent's verbs over a unix socket, without a VM.
 
-use std::{collections::HashMap, fs};
+use std::{
+    collections::HashMap,
+    fs,
+    time::{Duration, Instant},
+};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use caisson_e2e::agent::Agent;
 use caisson_protocol::{
     client::call,
+    limits,
     v1::{self, copy_target::Within, storage::Source, tree_entry::Kind},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -303,5 +308,24 @@ async fn the_log_can_be_read_back() -> Result<()> {
         found |= line.text.contains("serving") && line.source() == v1::log_line::Source::Agent;
     }
     assert!(found, "the agent's first line was kept");
+    Ok(())
+}
+
+#[tokio::test]
+async fn control_connections_beyond_the_limit_are_closed() -> Result<()> {
+    let agent = Agent::start().await?;
+    let mut others = Vec::new();
+    // The agent's own client holds one.
+    for _ in 1..limits::MAX_CONTROL_CONNECTIONS {
+        others.push(agent.connect().await?);
+    }
+    ensure!(agent.connect().await.is_err(), "one more was let in");
+    agent.client.agent().health(v1::HealthRequest {}).await?;
+    others.pop();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while agent.connect().await.is_err() {
+        ensure!(Instant::now() < deadline, "the place of a closed connection stays taken");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! The `Sandbox` service: the pod's life.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use caisson_protocol::v1::{self as proto, sandbox_server};
+use tokio::time::{Instant, timeout_at};
 use tonic::{Request, Response, Status};
 
 use super::{Shared, blocking};
@@ -14,6 +16,9 @@ use crate::storage::check_id;
 
 /// The longest grace that a shutdown may ask for: ten minutes.
 const MAX_GRACE_MS: u32 = 600_000;
+
+/// How long killed processes may take to end when a sandbox is destroyed, unless the call says otherwise.
+const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
 pub(super) struct Service(pub(super) Arc<Shared>);
@@ -55,13 +60,21 @@ impl sandbox_server::Sandbox for Service {
 
     async fn destroy_sandbox(
         &self,
-        _: Request<proto::DestroySandboxRequest>,
+        request: Request<proto::DestroySandboxRequest>,
     ) -> Result<Response<proto::DestroySandboxResponse>, Status> {
+        let limit = match request.into_inner().timeout_ms {
+            0 => DESTROY_TIMEOUT,
+            milliseconds => Duration::from_millis(milliseconds.into()),
+        };
         let shared = self.0.clone();
         let destroyed = tokio::spawn(async move {
             let mut pod = shared.pod.lock().await;
+            let deadline = Instant::now() + limit;
             for container in shared.runtime.list() {
-                shared.remove_container(&container.id, true).await?;
+                let removed = timeout_at(deadline, shared.remove_container(&container.id, true)).await;
+                removed.map_err(|_| {
+                    Status::deadline_exceeded(format!("{} survives SIGKILL for {limit:?}", container.id))
+                })??;
             }
             shared.unmount_all(None).await?;
             if let Some(pod) = pod.take() {
