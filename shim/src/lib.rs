@@ -1,0 +1,18 @@
+//! The groundwork of Caisson's containerd shim.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`id`] | containerd's identifiers, checked before they become file names |
+//! | [`invocation`] | how containerd calls the shim's binary, and the answer to `start` |
+//! | [`bundle`] | which pod a container belongs to, from its bundle's `config.json` |
+//! | [`sizing`] | how many vCPUs and how much memory a pod's machine gets |
+//! | [`journal`] | the record of all that was made for a pod, and its undoing |
+//!
+//! The task service, which drives a pod's machine through these, is not part of this crate yet: there is no
+//! binary that containerd could start.
+
+pub mod bundle;
+pub mod id;
+pub mod invocation;
+pub mod journal;
+pub mod sizing;
