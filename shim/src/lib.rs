@@ -5,6 +5,7 @@
 //! | [`id`] | containerd's identifiers, checked before they become file names |
 //! | [`invocation`] | how containerd calls the shim's binary, and the answer to `start` |
 //! | [`bundle`] | which pod a container belongs to, from its bundle's `config.json` |
+//! | [`config`] | the node's configuration, and what a pod's annotations may change of it |
 //! | [`sizing`] | how many vCPUs and how much memory a pod's machine gets |
 //! | [`journal`] | the record of all that was made for a pod, and its undoing |
 //!
@@ -12,6 +13,7 @@
 //! binary that containerd could start.
 
 pub mod bundle;
+pub mod config;
 pub mod id;
 pub mod invocation;
 pub mod journal;

@@ -7,6 +7,8 @@
 use std::collections::HashMap;
 use std::str::FromStr;
 
+use serde::Deserialize;
+
 /// Annotation: the sum of the containers' memory limits, in bytes. 0: at least one has none.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 /// Annotation: the processor time that the pod may use in one period, in microseconds. 0 or less: no limit.
@@ -19,7 +21,8 @@ const MIB: u64 = 1 << 20;
 const DEFAULT_PERIOD: u64 = 100_000;
 
 /// What a node allows, and gives to pods that do not ask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Policy {
     /// vCPUs of a pod without a limit.
     pub default_vcpus: u8,
