@@ -139,6 +139,11 @@ impl Journal {
             }
         }
         if left.is_empty() {
+            // Of one who was killed while it replaced the record. Before the record, which is what brings us back.
+            match fs::remove_file(self.next()) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.map_err(|source| self.io("remove the successor of", source))?,
+            }
             fs::remove_file(&self.path).map_err(|source| self.io("remove", source))?;
             return Ok(());
         }
@@ -153,9 +158,13 @@ impl Journal {
         for resource in resources {
             text.extend(encode(resource)?);
         }
-        let next = self.path.with_extension("next");
+        let next = self.next();
         fs::write(&next, text).map_err(|source| self.io("rewrite", source))?;
         fs::rename(&next, &self.path).map_err(|source| self.io("replace", source))
+    }
+
+    fn next(&self) -> PathBuf {
+        self.path.with_extension("next")
     }
 
     fn io(&self, action: &'static str, source: io::Error) -> JournalError {
@@ -243,6 +252,14 @@ mod tests {
         fs::remove_file(full.join("unknown")).unwrap();
         again.undo().unwrap();
         assert!(!full.exists());
+    }
+
+    #[test]
+    fn killed_while_it_replaced_its_record_it_leaves_nothing_either() {
+        let (directory, journal) = written(b"{\"file\":\"/nonexistent/a\"}\n");
+        fs::write(directory.path().join("journal.next"), "{\"fi").unwrap();
+        journal.unwrap().undo().unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[test]
