@@ -8,8 +8,8 @@ pub const TAG_BYTES: usize = 36;
 pub const MAX_QUEUES: u16 = 8;
 /// Entries of each queue: a request of 1 MiB in pages, and its headers, fits without indirect descriptors.
 pub const QUEUE_SIZE: u16 = 512;
-/// How many descriptors the guest may have the device hold, unless the configuration says so.
-pub const DEFAULT_MAX_DESCRIPTORS: u32 = 16_384;
+/// Descriptors of the process that are kept from guests, for everything else that it has open.
+pub(super) const RESERVED_DESCRIPTORS: usize = 512;
 
 /// For how long the guest believes what it was told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +48,9 @@ pub struct FsConfig {
     /// Whatever would change something is refused with EROFS.
     pub read_only: bool,
     /// The most descriptors (files that are open or looked up) that the guest may have the device hold, after which
-    /// it gets ENFILE; 0 means 16,384. The limit of the process has to be higher.
+    /// it gets ENFILE. 0, and anything above it, means what the process may have open (RLIMIT_NOFILE) less what it
+    /// needs itself. A guest holds whatever is in its dentry cache, so this is better thousands than hundreds; with
+    /// several shared directories their sum should be below the limit of the process.
     pub max_descriptors: u32,
 }
 
@@ -58,10 +60,12 @@ impl FsConfig {
         self.queues.max(1)
     }
 
-    /// The limit in force.
-    pub fn descriptor_limit(&self) -> usize {
-        let limit = if self.max_descriptors == 0 { DEFAULT_MAX_DESCRIPTORS } else { self.max_descriptors };
-        usize::try_from(limit).unwrap_or(usize::MAX)
+    /// The limit in force where `possible` descriptors are to be had.
+    pub(super) fn descriptor_limit(&self, possible: usize) -> usize {
+        match usize::try_from(self.max_descriptors) {
+            Ok(0) | Err(_) => possible,
+            Ok(limit) => limit.min(possible),
+        }
     }
 
     /// The configuration space (VIRTIO 1.3, section 5.11.4): the tag, padded with zeros, and the request queues.

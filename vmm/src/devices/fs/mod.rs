@@ -43,7 +43,7 @@ use vmm_sys_util::{
 
 use self::passthrough::Passthrough;
 pub use self::{
-    config::{CachePolicy, DEFAULT_MAX_DESCRIPTORS, FsConfig, MAX_QUEUES, QUEUE_SIZE, TAG_BYTES},
+    config::{CachePolicy, FsConfig, MAX_QUEUES, QUEUE_SIZE, TAG_BYTES},
     metrics::FsMetrics,
     state::FsState,
     worker::Workers,

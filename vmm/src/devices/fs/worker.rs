@@ -8,7 +8,9 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use super::passthrough::sys;
+use nix::sys::resource::{Resource, getrlimit};
+
+use super::{config::RESERVED_DESCRIPTORS, passthrough::sys};
 use crate::{jail, seccomp};
 
 /// Requests are decoded on the heap; this is for the frames.
@@ -43,6 +45,7 @@ impl Shared {
 /// capabilities that only these keep. Each has a working directory and a file mode creation mask of its own.
 pub struct Workers {
     shared: Arc<Shared>,
+    spare: usize,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -59,8 +62,11 @@ impl Workers {
     /// # Errors
     /// When a thread cannot be started, or not be set up.
     pub fn start(count: usize, descriptors: OwnedFd) -> io::Result<Arc<Self>> {
+        // Now, as a jailed main thread cannot ask any more.
+        let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        let spare = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(RESERVED_DESCRIPTORS);
         let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), descriptors });
-        let mut workers = Self { shared: shared.clone(), threads: Vec::with_capacity(count) };
+        let mut workers = Self { shared: shared.clone(), spare, threads: Vec::with_capacity(count) };
         for _ in 0..count.max(1) {
             let shared = shared.clone();
             let (ready, result) = mpsc::sync_channel(1);
@@ -84,6 +90,11 @@ impl Workers {
     /// `/proc/self/fd`.
     pub(super) fn descriptors(&self) -> BorrowedFd<'_> {
         self.shared.descriptors.as_fd()
+    }
+
+    /// How many descriptors guests may hold of what this process may have open.
+    pub(super) fn spare_descriptors(&self) -> usize {
+        self.spare
     }
 
     pub(super) fn submit(&self, job: Job) {

@@ -88,7 +88,7 @@ impl Passthrough {
             return Err(errno(libc::ENOTDIR));
         }
         Ok(Self {
-            table: Table::new(root, key(&stat, mount), config.descriptor_limit()),
+            table: Table::new(root, key(&stat, mount), config.descriptor_limit(workers.spare_descriptors())),
             workers,
             cache: config.cache,
             read_only: config.read_only,

@@ -56,6 +56,15 @@ fn a_guest_holds_no_more_than_its_share_of_descriptors() {
 }
 
 #[test]
+fn no_configuration_gives_a_guest_all_descriptors() {
+    let (limit, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+    let possible = workers(1).spare_descriptors();
+    assert_eq!(possible as u64, limit - 512);
+    let limit = |max_descriptors| FsConfig { max_descriptors, ..config() }.descriptor_limit(possible);
+    assert_eq!((limit(0), limit(7), limit(u32::MAX)), (possible, 7, possible.min(u32::MAX as usize)));
+}
+
+#[test]
 fn what_is_not_served_does_not_exist() {
     let mut bench = Bench::new();
     for opcode in [0, 7, 31, 32, 33, 37, 39, 40, 41, 47, 48, 49, 50, 4096, u32::MAX] {
