@@ -68,7 +68,10 @@ pub(crate) fn run(args: &InsideArgs) -> Result<ExitCode> {
     }
     let results = serde_json::to_string(&figures).context("formatting the results")?;
     fs::write(args.directory.join(RESULTS), results).context("writing the results")?;
-    Ok(ExitCode::SUCCESS)
+    for failure in &figures.failures {
+        eprintln!("==> {failure}");
+    }
+    Ok(if figures.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// What is common to all measurements.
@@ -174,14 +177,17 @@ impl Bench<'_> {
                     guest.vsock = Some(socket);
                 }
                 let mut machine = guest.start(vmm)?;
-                for ((_, step, amount), (_, values)) in steps.clone().zip(&mut samples) {
-                    let took = step_of(&mut machine, step)?;
-                    values.push(match amount {
-                        Amount::Mebibytes(bytes) => as_f64(*bytes) / f64::from(1 << 20) / took.as_secs_f64(),
-                        Amount::Requests(count) => took.as_secs_f64() * 1e6 / f64::from(*count),
+                let measured =
+                    steps.clone().zip(&mut samples).try_for_each(|((_, step, amount), (_, values))| {
+                        values.push(amount.per_time(step_of(&mut machine, step)?));
+                        anyhow::Ok(())
                     });
-                }
                 drop(machine);
+                if let Err(error) = measured {
+                    // What was measured so far stands, and the rest is missing from the table.
+                    figures.failures.push(format!("{}: {error:#}", vmm.name()));
+                    break;
+                }
                 server.stop();
             }
             for (name, values) in samples {
@@ -198,6 +204,15 @@ enum Amount {
     Mebibytes(u64),
     /// Requests in the time of the step, one after the other: µs each.
     Requests(u32),
+}
+
+impl Amount {
+    fn per_time(&self, took: Duration) -> f64 {
+        match self {
+            Self::Mebibytes(bytes) => as_f64(*bytes) / f64::from(1 << 20) / took.as_secs_f64(),
+            Self::Requests(count) => took.as_secs_f64() * 1e6 / f64::from(*count),
+        }
+    }
 }
 
 /// The figures in the order of the script's steps: name, step, amount.

@@ -3,12 +3,14 @@
 use std::{
     fs,
     io::{ErrorKind, Read},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use super::{
     control::Control,
@@ -62,6 +64,9 @@ pub(super) struct Guest<'a> {
 
 /// What both kernels are told: nothing that they would say is waited for.
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=0 8250.nr_uarts=1 panic=-1";
+
+/// How long a guest may say nothing, in milliseconds of the testbed's time.
+const SILENCE: u16 = 30_000;
 
 /// How long the host is left alone before a start.
 const REST: Duration = Duration::from_millis(200);
@@ -216,6 +221,12 @@ impl Running {
     fn until(&mut self, done: impl Fn(&[u8]) -> bool) -> Result<()> {
         let mut buffer = [0; 4096];
         while !done(&self.heard) {
+            let mut ready = [PollFd::new(self.console.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ready, SILENCE) {
+                Ok(0) => bail!("the guest has gone silent:\n{}", self.heard()),
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error).context("waiting for the console"),
+            }
             match self.console.read(&mut buffer) {
                 Ok(0) => bail!("the machine ended:\n{}", self.heard()),
                 Ok(count) => self.heard.extend_from_slice(&buffer[..count]),

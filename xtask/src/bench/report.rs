@@ -21,6 +21,8 @@ pub(super) struct Figures {
     pub(super) instructions: bool,
     /// The medians.
     pub(super) medians: ByName,
+    /// What could not be measured, and why.
+    pub(super) failures: Vec<String>,
 }
 
 impl Figures {
