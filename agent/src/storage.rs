@@ -17,6 +17,7 @@ use nix::mount::{MntFlags, umount2};
 use thiserror::Error;
 
 use crate::guest::GuestError;
+use crate::guest::devices;
 use crate::state::lock;
 
 /// Why a storage can not be had, or not be taken away.
@@ -204,11 +205,12 @@ impl Storages {
             .ok_or_else(|| StorageError::NotFound(id.to_owned()))
     }
 
-    /// Whether a storage is on the disk in `slot`.
+    /// Whether a storage is on the device in `slot`.
     pub fn uses_slot(&self, slot: u32) -> bool {
-        let Ok(name) = crate::guest::devices::block_device(slot) else { return false };
+        let disk = devices::block_device(slot).ok();
         lock(&self.mounted).values().any(|mounted| match &mounted.storage.source {
-            Some(Source::Block(block)) => device::name(block).is_ok_and(|used| used == name),
+            Some(Source::Block(block)) => disk.is_some() && device::name(block).ok() == disk,
+            Some(Source::VirtioFs(share)) => devices::is_share(slot, &share.tag),
             _ => false,
         })
     }

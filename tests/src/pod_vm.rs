@@ -11,9 +11,9 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::{client::Client, connect::UnixVsock, v1};
 use caisson_vmm::{
-    config::{BlockDevice, DeviceConfig, FileSource, MachineConfig, VsockDevice},
+    config::{BlockDevice, DeviceConfig, FileSource, FsDevice, MachineConfig, VsockDevice},
     control::protocol::{RestoreCommand, RestoredDevice},
-    devices::{block::BlockConfig, vsock::VsockConfig},
+    devices::{block::BlockConfig, fs::FsConfig, vsock::VsockConfig},
 };
 
 use crate::{
@@ -100,6 +100,31 @@ impl PodVm {
         let request = v1::CreateSandboxRequest { id: "pod".into(), ..Default::default() };
         self.client.sandbox().create_sandbox(request).await?;
         Ok(Pod { client: self.client.clone(), root: Root::Storage(IMAGE.into()) })
+    }
+
+    /// Plugs a shared directory, and returns its slot.
+    ///
+    /// # Errors
+    /// When the VMM or the agent refuses.
+    pub async fn plug_share(&mut self, directory: &Path, tag: &str) -> Result<u32> {
+        let options = FsConfig { tag: tag.into(), ..FsConfig::default() };
+        let device =
+            DeviceConfig::Fs(FsDevice { directory: Some(FileSource::Path(directory.into())), options });
+        let (slot, _) = self.vmm.client.plug(None, device, &[])?;
+        let slot = u32::from(slot);
+        self.client.machine().plug_device(v1::PlugDeviceRequest { slot }).await?;
+        Ok(slot)
+    }
+
+    /// Mounts a shared directory as the storage of the same name, and returns where it is in the guest.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub async fn mount_share(&self, tag: &str) -> Result<String> {
+        let source = v1::storage::Source::VirtioFs(v1::VirtioFs { tag: tag.into(), dax: false });
+        let storage = v1::Storage { id: tag.into(), source: Some(source), ..Default::default() };
+        let request = v1::MountStorageRequest { storage: Some(storage) };
+        Ok(self.client.storages().mount_storage(request).await?.into_inner().path)
     }
 
     async fn plug_image(&mut self) -> Result<()> {

@@ -3,7 +3,10 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::process::ExitStatusExt,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -15,7 +18,10 @@ use caisson_vmm::{
     config::{FileSource, MachineConfig},
     control::{Client, protocol::RestoreCommand},
 };
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::{
+    signal::Signal,
+    socket::{AddressFamily, SockFlag, SockType, socketpair},
+};
 
 use crate::{guest::Initramfs, node::Product};
 
@@ -127,6 +133,16 @@ impl Vmm {
         Self::start_with(&["--jail", "/dev/null"])
     }
 
+    /// As [`start_jailed`](Self::start_jailed), with a description of the jail.
+    ///
+    /// # Errors
+    /// When the binary is missing.
+    pub fn start_jailed_with(jail: &str, workshop: &Workshop) -> Result<Self> {
+        let file = workshop.path("jail.toml");
+        std::fs::write(&file, jail)?;
+        Self::start_with(&["--jail", &file.to_string_lossy()])
+    }
+
     fn start_with(arguments: &[&str]) -> Result<Self> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
@@ -183,17 +199,26 @@ impl Vmm {
     ///
     /// # Errors
     /// When the VMM refuses.
-    pub fn boot_jailed(mut config: MachineConfig, workshop: &Workshop) -> Result<Self> {
+    pub fn boot_jailed(config: MachineConfig, workshop: &Workshop) -> Result<Self> {
         let mut vmm = Self::start_jailed()?;
-        let console = vmm.console_writer.try_clone()?;
+        vmm.boot_in_jail(config, workshop)?;
+        Ok(vmm)
+    }
+
+    /// Boots a process that was started in a jail.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn boot_in_jail(&mut self, mut config: MachineConfig, workshop: &Workshop) -> Result<()> {
+        let console = self.console_writer.try_clone()?;
         let (kernel, initramfs) =
             (File::open(Product::Kernel.path()?)?, File::open(workshop.path("initramfs"))?);
         config.console.output = Some(FileSource::Descriptor(0));
         config.kernel.image = FileSource::Descriptor(1);
         config.kernel.initramfs = Some(FileSource::Descriptor(2));
-        vmm.client.create(config, &[console.as_fd(), kernel.as_fd(), initramfs.as_fd()])?;
-        vmm.client.boot()?;
-        Ok(vmm)
+        self.client.create(config, &[console.as_fd(), kernel.as_fd(), initramfs.as_fd()])?;
+        self.client.boot()?;
+        Ok(())
     }
 
     /// Starts a process and restores a machine in it, paused.
@@ -229,7 +254,7 @@ impl Vmm {
     pub fn expect(&mut self, text: &str) -> Result<String> {
         let deadline = Instant::now() + PATIENCE;
         // What the process wrote before it ended may still be on its way when its end is seen.
-        let mut ended = None;
+        let mut ended: Option<ExitStatus> = None;
         loop {
             match self.console.recv_timeout(Duration::from_secs(1)) {
                 Ok(line) => {
@@ -240,7 +265,16 @@ impl Vmm {
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     if let Some(status) = ended {
-                        bail!("the VMM ended ({status}) without {text:?} on the console:\n{}", self.tail());
+                        let why = if status.signal() == Some(Signal::SIGSYS as i32) {
+                            refused_call()
+                        } else {
+                            None
+                        };
+                        let why = why.unwrap_or_default();
+                        bail!(
+                            "the VMM ended ({status}) without {text:?} on the console: {why}\n{}",
+                            self.tail()
+                        );
                     }
                     ensure!(Instant::now() < deadline, "no {text:?} on the console:\n{}", self.tail());
                     ended = self.child.try_wait().context("looking after the VMM")?;
@@ -281,6 +315,13 @@ impl Vmm {
         }
         bail!("caisson-vmm did not end; console:\n{}", self.tail())
     }
+}
+
+/// What the kernel said of the last system call that a filter killed.
+fn refused_call() -> Option<String> {
+    let log = Command::new("dmesg").output().ok()?;
+    let log = String::from_utf8_lossy(&log.stdout).into_owned();
+    log.lines().rfind(|line| line.contains("type=1326")).map(str::to_owned)
 }
 
 impl Drop for Vmm {

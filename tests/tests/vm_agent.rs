@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
-    containers::{self, Pod},
+    containers::{self, Pod, Root},
+    leaks::Holdings,
     pod_vm::PodVm,
     vmm::PATIENCE,
 };
@@ -111,4 +112,48 @@ async fn eventually<F: Future<Output = Result<bool>>>(
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn a_container_lives_in_a_directory_of_the_host() -> Result<()> {
+    let mut vm = PodVm::boot("").await?;
+    vm.pod().await?;
+    let shared = tempfile::tempdir()?;
+    containers::busybox_root(shared.path())?;
+    let slot = vm.plug_share(shared.path(), "root").await?;
+    let pod = Pod { client: vm.client.clone(), root: Root::Directory(vm.mount_share("root").await?) };
+    containers::output_and_exit_code_arrive(&pod).await?;
+    containers::a_terminal_has_a_size_and_both_directions(&pod).await?;
+    pod.output("writer", "echo from inside > /tmp/file; cat /bin/busybox > /tmp/copy").await?;
+    ensure!(std::fs::read_to_string(shared.path().join("tmp/file"))? == "from inside\n");
+    ensure!(std::fs::read(shared.path().join("tmp/copy"))? == std::fs::read("/bin/busybox")?);
+
+    let mut machine = vm.client.machine();
+    let busy = machine.unplug_device(v1::UnplugDeviceRequest { slot }).await.err().map(|e| e.code());
+    ensure!(busy == Some(Code::FailedPrecondition), "{busy:?}");
+    vm.client.storages().unmount_storage(v1::UnmountStorageRequest { id: "root".into() }).await?;
+    machine.unplug_device(v1::UnplugDeviceRequest { slot }).await?;
+    vm.vmm.client.unplug(u8::try_from(slot)?, false)?;
+    Ok(())
+}
+
+/// For hours, if asked to: guests come up, run a container from a disk and one from a directory, and go; nothing of
+/// them stays.
+#[tokio::test]
+#[ignore = "a soak: `cargo xtask test --soak`"]
+async fn a_hundred_guests_leave_nothing() -> Result<()> {
+    let before = Holdings::now()?;
+    for round in 0..100 {
+        let mut vm = PodVm::boot("").await.with_context(|| format!("round {round}"))?;
+        let pod = vm.pod().await?;
+        ensure!(pod.output("one", "echo from a disk").await? == "from a disk\n");
+        let shared = tempfile::tempdir()?;
+        containers::busybox_root(shared.path())?;
+        vm.plug_share(shared.path(), "root").await?;
+        let pod = Pod { client: vm.client.clone(), root: Root::Directory(vm.mount_share("root").await?) };
+        ensure!(pod.output("two", "echo from a directory").await? == "from a directory\n");
+        vm.client.sandbox().shutdown(v1::ShutdownRequest::default()).await?;
+        ensure!(vm.vmm.wait()?.success());
+    }
+    before.assert_nothing_added()
 }

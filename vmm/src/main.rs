@@ -14,7 +14,7 @@ use caisson_vmm::{
     config::{FileSource, MachineConfig},
     control::{Supervisor, socket, supervisor::SupervisorError},
     jail::{Inherited, Jail, JailConfig, Side},
-    machine::ExitReason,
+    machine::{ExitReason, shares::Shares},
     resources::{self, Access, Descriptors, Resources},
 };
 use clap::Parser;
@@ -70,14 +70,14 @@ fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorEr
         supervisor.control(socket.into())?;
     }
     let Some(path) = &arguments.config else {
-        enter(jail, &inherited, Vec::new())?;
+        enter(&mut supervisor, jail, &inherited, Vec::new())?;
         return supervisor.run();
     };
     let config = MachineConfig::from_file(path)?;
     let resources = Resources::open(&config, &Descriptors::Inherited)?;
     // The last thing that is made in the host's view, so that nothing has to be undone when another fails.
     let _socket = config.control.socket.as_deref().map(|path| listen(&mut supervisor, path)).transpose()?;
-    enter(jail, &inherited, config.sockets())?;
+    enter(&mut supervisor, jail, &inherited, config.sockets())?;
     supervisor.create(&config, resources)?;
     supervisor.boot()?;
     supervisor.run()
@@ -86,6 +86,7 @@ fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorEr
 /// Goes into the jail, if there is to be one. The process that stays outside never returns: it removes `sockets`, and
 /// ends as the one inside has.
 fn enter(
+    supervisor: &mut Supervisor,
     jail: Option<JailConfig>,
     inherited: &Inherited,
     sockets: Vec<PathBuf>,
@@ -95,6 +96,9 @@ fn enter(
     match Jail::new(config, ours)?.removing(sockets).enter()? {
         Side::Inside(inside) => {
             tracing::info!(landlock = ?inside.landlock, "in the jail");
+            let share = inside.share.map(|share| Shares::jailed(share.root, share.descriptors)).transpose();
+            let share = share.map_err(|e| SupervisorError::Host("starting to serve the share", e))?;
+            supervisor.share_by(share.unwrap_or(Shares::None));
             Ok(())
         }
         Side::Outside(ended) => ended.mirror(),

@@ -8,7 +8,10 @@ use std::{
     io,
     os::{
         fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::{
+            fs::OpenOptionsExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::PathBuf,
 };
@@ -60,6 +63,8 @@ pub enum Access {
     ReadWrite,
     /// To write from the beginning, and made if it is not there.
     Create,
+    /// A directory, to find files in.
+    Directory,
 }
 
 impl Descriptors {
@@ -76,6 +81,7 @@ impl Descriptors {
                     Access::Append => options.append(true).create(true),
                     Access::ReadWrite => options.read(true).write(true),
                     Access::Create => options.write(true).create(true).truncate(true),
+                    Access::Directory => options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY),
                 };
                 options.open(path)
             }
@@ -121,6 +127,8 @@ fn check_access(fd: &OwnedFd, access: Access) -> io::Result<()> {
         Access::Read => mode != OFlag::O_WRONLY,
         Access::Append | Access::Create => mode != OFlag::O_RDONLY,
         Access::ReadWrite => mode == OFlag::O_RDWR,
+        // That it is one is seen when it is served.
+        Access::Directory => true,
     };
     if allowed { Ok(()) } else { Err(io::ErrorKind::PermissionDenied.into()) }
 }
@@ -189,6 +197,11 @@ pub fn open_device(
         DeviceConfig::Net(card) => {
             let tap = descriptors.open(&format!("{field}.net.tap"), &card.tap, Access::ReadWrite)?;
             OpenDevice::Net(card.options.clone(), tap.into())
+        }
+        DeviceConfig::Fs(share) => {
+            let open = |source| descriptors.open(&format!("{field}.fs.directory"), source, Access::Directory);
+            let directory = share.directory.as_ref().map(open).transpose()?;
+            OpenDevice::Fs(share.options.clone(), directory.map(OwnedFd::from))
         }
         DeviceConfig::Vsock(device) => {
             OpenDevice::Vsock(device.options, open_vsock(&format!("{field}.vsock"), device, descriptors)?)

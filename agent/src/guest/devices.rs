@@ -82,6 +82,20 @@ pub fn block_device(slot: u32) -> Result<String, GuestError> {
 
 const VIRTIO_ID_BLOCK: u32 = 2;
 
+/// Shared directories, each with its tag and a link to its device.
+const SHARES: &str = "/sys/fs/virtiofs";
+
+/// Whether the device in `slot` is the shared directory with this tag.
+pub fn is_share(slot: u32, tag: &str) -> bool {
+    let Ok(device) = describe(slot) else { return false };
+    let shares = std::fs::read_dir(SHARES).into_iter().flatten().flatten();
+    shares.map(|share| share.path()).any(|share| {
+        let linked = std::fs::read_link(share.join("device"));
+        read(share.join("tag")).is_ok_and(|its| its == tag)
+            && linked.is_ok_and(|linked| file_name(&linked) == device.name)
+    })
+}
+
 fn name(slot: u32) -> Result<String, GuestError> {
     let name = format!("virtio-mmio.{slot}");
     if slot > MAX_SLOT || !Path::new(DEVICES).join(&name).exists() {

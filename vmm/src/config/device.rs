@@ -2,7 +2,8 @@ use serde::{Deserialize, Serialize};
 
 use super::FileSource;
 use crate::devices::{
-    balloon::BalloonConfig, block::BlockConfig, net::NetConfig, rng::RngConfig, vsock::VsockConfig,
+    balloon::BalloonConfig, block::BlockConfig, fs::FsConfig, net::NetConfig, rng::RngConfig,
+    vsock::VsockConfig,
 };
 
 /// A device in the machine file, or to be plugged.
@@ -30,6 +31,8 @@ pub enum DeviceConfig {
     Net(NetDevice),
     /// Socket device.
     Vsock(VsockDevice),
+    /// Shared directory.
+    Fs(FsDevice),
 }
 
 /// A disk and its files.
@@ -51,6 +54,17 @@ pub struct NetDevice {
     pub tap: FileSource,
     /// The card itself.
     pub options: NetConfig,
+}
+
+/// A shared directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsDevice {
+    /// The directory. In a jail it must be left out: the jail's own share is served, and no other can be reached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<FileSource>,
+    /// How it is shared.
+    pub options: FsConfig,
 }
 
 /// A socket device and its host's end.

@@ -28,7 +28,7 @@ mod source;
 
 use std::path::{Path, PathBuf};
 
-pub use device::{BlockDevice, DeviceConfig, NetDevice, VsockDevice};
+pub use device::{BlockDevice, DeviceConfig, FsDevice, NetDevice, VsockDevice};
 use serde::{Deserialize, Serialize};
 pub use source::FileSource;
 

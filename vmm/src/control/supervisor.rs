@@ -16,6 +16,7 @@ use crate::{
     machine::{
         ExitReason, Machine, MachineError,
         poller::{Poller, Token},
+        shares::Shares,
     },
     resources::{self, Access, Descriptors, ResourceError, Resources},
     seccomp,
@@ -84,6 +85,7 @@ pub struct Supervisor {
     poller: Arc<Poller>,
     kvm: Kvm,
     birth: Instant,
+    shares: Arc<Shares>,
     /// Somebody asked for the end; it comes when they have their answer.
     ending: bool,
 }
@@ -97,7 +99,13 @@ impl Supervisor {
         let poller = Poller::new().map_err(|e| SupervisorError::Host("creating the event loop", e))?;
         let poller = Arc::new(poller);
         let controllers = Controllers::new(poller.clone());
-        Ok(Self { machine: None, started: false, controllers, poller, kvm, birth, ending: false })
+        let shares = Arc::default();
+        Ok(Self { machine: None, started: false, controllers, poller, kvm, birth, shares, ending: false })
+    }
+
+    /// Has shared directories served by `shares`, as a jail allows.
+    pub fn share_by(&mut self, shares: Shares) {
+        self.shares = Arc::new(shares);
     }
 
     /// Takes a control socket, which listens or is connected.
@@ -127,6 +135,7 @@ impl Supervisor {
             command_line: &command_line,
             processors: config.cpus.max,
         };
+        machine.share_by(self.shares.clone());
         machine.load(&source, config.cpus.boot)?;
         for (slot, device) in (0u8..).zip(resources.devices) {
             machine.plug(slot, device)?;
@@ -221,7 +230,12 @@ impl Supervisor {
                     return Err(SupervisorError::State("there is a machine already"));
                 }
                 let source = snapshot::Source::open(&command, descriptors)?;
-                let machine = snapshot::restore(&self.kvm, self.poller.clone(), source, self.birth)?;
+                let machine = snapshot::restore(
+                    &self.kvm,
+                    self.poller.clone(),
+                    source,
+                    (self.birth, self.shares.clone()),
+                )?;
                 self.machine = Some(machine);
             }
             Command::Boot => self.boot()?,

@@ -1,4 +1,11 @@
-use std::{collections::BTreeSet, fs, io, os::fd::RawFd};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::fs::OpenOptionsExt,
+    },
+};
 
 use super::{JailError, step};
 
@@ -61,4 +68,14 @@ pub(super) fn close_range(first: u32, last: u32) -> Result<(), JailError> {
     // SAFETY: no argument is a pointer. What is closed is, by the contract of `Jail::new`, used by nobody.
     let result = unsafe { libc::close_range(first, last, 0) };
     if result == 0 { Ok(()) } else { Err(step("closing descriptors")(std::io::Error::last_os_error())) }
+}
+
+/// The calling process's `/proc/self/fd`, to reach what is in it by name, but not to list.
+///
+/// # Errors
+/// When procfs is not mounted.
+pub fn own_descriptors() -> io::Result<OwnedFd> {
+    let mut options = fs::File::options();
+    options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY);
+    options.open("/proc/self/fd").map(OwnedFd::from)
 }

@@ -18,7 +18,7 @@ use nix::{
     unistd::{chdir, pivot_root},
 };
 
-use super::{JailConfig, JailError, step};
+use super::{JailConfig, JailError, Share, step};
 
 /// Where the shared directory is, inside.
 pub const SHARE: &str = "/share";
@@ -60,6 +60,11 @@ pub(super) fn enter(config: &JailConfig) -> Result<(), JailError> {
     // Files in the share get the mode that the guest asked for: its own umask was applied there.
     umask(if config.share.is_some() { Mode::empty() } else { Mode::from_bits_truncate(0o077) });
     Ok(())
+}
+
+/// The share, once inside.
+pub(super) fn open_share(descriptors: OwnedFd) -> Result<Share, JailError> {
+    Ok(Share { root: open_directory(Path::new(SHARE))?, descriptors })
 }
 
 fn open_directory(path: &Path) -> Result<OwnedFd, JailError> {

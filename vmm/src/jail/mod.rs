@@ -42,13 +42,16 @@ mod tests;
 use std::{
     fs, io,
     io::Write,
-    os::{fd::RawFd, unix::net::UnixStream},
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
 use caps::{CapSet, Capability};
-pub use descriptors::Inherited;
+pub use descriptors::{Inherited, own_descriptors};
 pub use filesystem::{SHARE, SOCKETS};
 use nix::{
     sched::{CloneFlags, unshare},
@@ -82,8 +85,9 @@ pub struct JailConfig {
     pub sockets: Option<PathBuf>,
     /// The directory of a cgroup to join.
     pub cgroup: Option<PathBuf>,
-    /// The most descriptors that may be open at once. Never more than the limit the process came with.
-    pub max_open_files: u64,
+    /// The most descriptors that may be open at once; by default 4,096, and 20,480 with a share, whose files each take
+    /// one. Never more than the limit the process came with.
+    pub max_open_files: Option<u64>,
     /// The longest file that may be written, in bytes. Disks, snapshots and logs are files.
     pub max_file_size: Option<u64>,
     /// What happens to a system call that a thread has no business making.
@@ -100,7 +104,7 @@ impl Default for JailConfig {
             share: None,
             sockets: None,
             cgroup: None,
-            max_open_files: 4096,
+            max_open_files: None,
             max_file_size: None,
             seccomp: seccomp::Mode::Kill,
         }
@@ -187,12 +191,23 @@ pub enum Side {
 }
 
 /// What the jail turned out to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Inside {
     /// How much of the Landlock rules this kernel enforces.
     pub landlock: LandlockStatus,
     /// Whether threads that serve the share can get at its capabilities ([`raise_share_capabilities`]).
     pub share_capabilities: bool,
+    /// The share, if the jail has one.
+    pub share: Option<Share>,
+}
+
+/// The share as it is reached from inside, and what its threads need.
+#[derive(Debug)]
+pub struct Share {
+    /// The directory.
+    pub root: OwnedFd,
+    /// The process's own `/proc/self/fd`, which no path leads to any more.
+    pub descriptors: OwnedFd,
 }
 
 /// What threads do to themselves, once the process is jailed.
@@ -298,6 +313,8 @@ impl Jail {
         } else {
             supervisor::become_own_root()?;
         }
+        // From here on whoever is outside has to remove files at the end: no signal may end it before it can.
+        let signals = supervisor::hold_signals()?;
         // SAFETY: there is one thread, so nothing is in an undefined state in the child.
         match unsafe { fork() }.map_err(step("forking"))? {
             ForkResult::Parent { child } => {
@@ -307,6 +324,7 @@ impl Jail {
             }
             ForkResult::Child => {
                 drop(outer);
+                signals.thread_set_mask().map_err(step("unblocking signals"))?;
                 self.go_in(inner).map(Side::Inside)
             }
         }
@@ -337,7 +355,10 @@ impl Jail {
                 | CloneFlags::CLONE_NEWCGROUP,
         )
         .map_err(step("making namespaces"))?;
+        let descriptors = self.config.share.is_some().then(own_descriptors).transpose();
+        let descriptors = descriptors.map_err(step("opening /proc/self/fd"))?;
         filesystem::enter(&self.config)?;
+        let share = descriptors.map(filesystem::open_share).transpose()?;
         privileges::limit_resources(&self.config, self.ids.is_some())?;
         if self.mapped_ids().is_some() {
             unshare(CloneFlags::CLONE_NEWUSER).map_err(step("making a user namespace"))?;
@@ -351,7 +372,7 @@ impl Jail {
         supervisor::die_with(&link)?;
         // Cannot be set already: only one thread gets here, and only once.
         let _ = CONFINEMENT.set(Confinement { seccomp: self.config.seccomp, share_capabilities });
-        Ok(Inside { landlock, share_capabilities })
+        Ok(Inside { landlock, share_capabilities, share })
     }
 
     /// The ids to become, as they are called where the inner process is by then.

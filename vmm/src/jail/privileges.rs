@@ -50,7 +50,7 @@ pub enum LandlockStatus {
 /// Sets the limits of the process. With a user of its own that includes the number of its threads.
 pub(super) fn limit_resources(config: &JailConfig, own_user: bool) -> Result<(), JailError> {
     let mut limits = vec![
-        (Resource::RLIMIT_NOFILE, config.max_open_files),
+        (Resource::RLIMIT_NOFILE, max_open_files(config)),
         (Resource::RLIMIT_CORE, 0),
         (Resource::RLIMIT_MEMLOCK, MAX_LOCKED),
         (Resource::RLIMIT_MSGQUEUE, 0),
@@ -72,6 +72,11 @@ pub(super) fn limit_resources(config: &JailConfig, own_user: bool) -> Result<(),
         lower.map_err(doing)?;
     }
     Ok(())
+}
+
+fn max_open_files(config: &JailConfig) -> u64 {
+    let default = if config.share.is_some() { 20_480 } else { 4096 };
+    config.max_open_files.unwrap_or(default)
 }
 
 /// Gives up other groups, the user, capabilities, and the ways to regain any of them.

@@ -133,12 +133,21 @@ fn confine(own: Option<Ids>, removes: bool) -> Result<(), JailError> {
     seccomp::apply(seccomp::Thread::Supervisor, seccomp::Mode::Kill).map_err(JailError::Seccomp)
 }
 
-/// Waits for the end of the inner process, and brings it about when this one is told to end.
+/// The signals by which the process outside is told to end.
+const TOLD_TO_END: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+
+/// Blocks the signals that the supervisor waits for, and returns which were blocked before.
+pub(super) fn hold_signals() -> Result<SigSet, JailError> {
+    awaited().thread_swap_mask(SigmaskHow::SIG_BLOCK).map_err(step("blocking signals"))
+}
+
+fn awaited() -> SigSet {
+    TOLD_TO_END.into_iter().chain([Signal::SIGCHLD]).collect()
+}
+
+/// Waits for the end of the inner process, and brings it about when this one is told to end. The signals are blocked ([`hold_signals`]).
 fn wait(child: Pid) -> Result<Ended, JailError> {
-    const TOLD_TO_END: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
-    let mut signals: SigSet = TOLD_TO_END.into_iter().collect();
-    signals.add(Signal::SIGCHLD);
-    signals.thread_block().map_err(step("blocking signals"))?;
+    let signals = awaited();
     let mut told = None;
     loop {
         match waitpid(child, Some(WaitPidFlag::WNOHANG)) {

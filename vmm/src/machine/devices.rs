@@ -9,11 +9,13 @@ use crate::{
         DeviceState,
         balloon::{Balloon, BalloonConfig},
         block::{Block, BlockConfig, BlockError},
+        fs::{Fs, FsConfig, FsError},
         mem::{HostRegion, KvmBlocks, MemoryConfig, MemoryDevice, MemoryError},
         net::{Net, NetConfig, NetError},
         rng::{HostEntropy, Rng, RngConfig, RngError},
         vsock::{HostEnd, Vsock, VsockConfig, VsockError},
     },
+    machine::shares::Shares,
     memory::GuestRam,
     virtio::VirtioDevice,
 };
@@ -30,6 +32,8 @@ pub enum OpenDevice {
     Net(NetConfig, OwnedFd),
     /// Socket device, with its host's end.
     Vsock(VsockConfig, HostEnd),
+    /// Shared directory; without one the jail's own.
+    Fs(FsConfig, Option<OwnedFd>),
 }
 
 /// Why a device could not be made.
@@ -50,6 +54,12 @@ pub enum DeviceBuildError {
     /// Socket device.
     #[error("socket device")]
     Vsock(#[from] VsockError),
+    /// Shared directory.
+    #[error("shared directory")]
+    Fs(#[from] FsError),
+    /// A shared directory that cannot be served here.
+    #[error("shared directory")]
+    Share(#[source] std::io::Error),
     /// Memory device.
     #[error("memory device")]
     Mem(#[from] MemoryError),
@@ -65,6 +75,7 @@ pub enum DeviceBuildError {
 pub(super) struct Workshop<'a> {
     pub(super) vm: &'a Arc<VmFd>,
     pub(super) ram: &'a Arc<GuestRam>,
+    pub(super) shares: &'a Shares,
 }
 
 impl Workshop<'_> {
@@ -78,6 +89,10 @@ impl Workshop<'_> {
             OpenDevice::Block(config, files) => Box::new(Block::new(config, files)?),
             OpenDevice::Net(config, tap) => Box::new(Net::new(config, tap)?),
             OpenDevice::Vsock(config, host) => Box::new(Vsock::new(config, host)?),
+            OpenDevice::Fs(config, directory) => {
+                let (root, workers) = self.shares.serve(directory).map_err(DeviceBuildError::Share)?;
+                Box::new(Fs::new(config, root, workers)?)
+            }
         })
     }
 
@@ -102,6 +117,10 @@ impl Workshop<'_> {
             // The one device whose options may differ: every machine from a template has an address of its own.
             (DeviceState::Vsock(state), Some(OpenDevice::Vsock(config, host))) => {
                 Box::new(Vsock::from_state(state, config, host)?)
+            }
+            (DeviceState::Fs(state), Some(OpenDevice::Fs(_, directory))) => {
+                let (root, workers) = self.shares.serve(directory).map_err(DeviceBuildError::Share)?;
+                Box::new(Fs::from_state(state.clone(), root, workers)?)
             }
             _ => return Err(DeviceBuildError::WrongKind),
         })

@@ -6,6 +6,7 @@
 //! | `exit` | why a machine ends |
 //! | [`poller`] | the descriptors that the event loop watches |
 //! | [`slots`] | virtio-mmio slots and their wiring to KVM |
+//! | [`shares`] | what serves shared directories |
 //! | `processors` | virtual processors: created, started, paused |
 //!
 //! A machine is put together in steps, each of which can fail alone: [`Machine::new`] makes an empty one,
@@ -17,6 +18,7 @@ mod devices;
 mod exit;
 pub mod poller;
 mod processors;
+pub mod shares;
 pub mod slots;
 
 use std::{fs::File, io, os::fd::AsRawFd, sync::Arc, time::Instant};
@@ -31,6 +33,7 @@ use poller::{Poller, Token};
 pub use processors::ProcessorError;
 use processors::Processors;
 use serde::{Deserialize, Serialize};
+use shares::Shares;
 use slots::{SlotError, Slots};
 use vmm_sys_util::{
     epoll::EventSet,
@@ -136,6 +139,7 @@ pub struct Machine {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     shape: MachineShape,
+    shares: Arc<Shares>,
     /// It was restored and has not run since: what was on its way when it was saved is to be sent again.
     fresh_from_snapshot: bool,
 }
@@ -194,7 +198,13 @@ impl Machine {
         let slots = Slots::new(vm.clone(), ram.mem().clone(), poller.clone(), shape.slots);
         let bus = Arc::new(new_bus(&vm, &poller, slots, parts)?);
         let processors = Processors::new(kvm, vm.clone(), bus.clone(), shape.max_processors)?;
-        Ok(Self { processors, bus, poller, vm, ram, shape, fresh_from_snapshot: false })
+        let shares = Arc::default();
+        Ok(Self { processors, bus, poller, vm, ram, shape, shares, fresh_from_snapshot: false })
+    }
+
+    /// Has the machine's shared directories served by `shares`. By default, any directory is, by threads of its own.
+    pub fn share_by(&mut self, shares: Arc<Shares>) {
+        self.shares = shares;
     }
 
     /// Puts a kernel into memory and processor 0 at its entry, with `processors` processors in all.
@@ -293,7 +303,7 @@ impl Machine {
     }
 
     fn workshop(&self) -> Workshop<'_> {
-        Workshop { vm: &self.vm, ram: &self.ram }
+        Workshop { vm: &self.vm, ram: &self.ram, shares: &self.shares }
     }
 
     /// Takes the device out of a slot.

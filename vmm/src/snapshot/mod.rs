@@ -34,7 +34,7 @@ pub use state::MachineState;
 use crate::{
     control::protocol::RestoreCommand,
     devices::serial::ConsoleSink,
-    machine::{Machine, MachineError, OpenDevice, ProcessorError, poller::Poller},
+    machine::{Machine, MachineError, OpenDevice, ProcessorError, poller::Poller, shares::Shares},
     memory::RamError,
     resources::{self, Access, Descriptors, ResourceError},
     vcpu::VcpuCommandError,
@@ -183,7 +183,8 @@ impl Source {
     }
 }
 
-/// Makes a machine from a snapshot, paused. `birth` is where its times count from.
+/// Makes a machine from a snapshot, paused. `birth` is where its times count from, `shares` is what serves its shared
+/// directories.
 ///
 /// # Errors
 /// When the snapshot is not understood, does not fit this host, or something does not take its saved state.
@@ -191,13 +192,14 @@ pub fn restore(
     kvm: &Kvm,
     poller: Arc<Poller>,
     source: Source,
-    birth: Instant,
+    (birth, shares): (Instant, Arc<Shares>),
 ) -> Result<Machine, SnapshotError> {
     let state = source.read_state()?;
     let Source { memory, console, console_rate, devices, .. } = source;
     state.check_host()?;
     let sink = ConsoleSink::new(console, console_rate);
     let mut machine = Machine::from_snapshot(kvm, &state, memory, poller, (sink, birth))?;
+    machine.share_by(shares);
     state.restore(&mut machine, devices)?;
     Ok(machine)
 }
