@@ -32,7 +32,7 @@ pub(crate) fn build(host: &Host) -> Result<PathBuf> {
         ("caisson-shim", "containerd-shim-caisson-v2"),
         ("caisson-cli", "caisson"),
     ] {
-        if has_package(host, package)? {
+        if has_binary(host, binary)? {
             proc::run(
                 cargo().args(["build", "--release", "--package", package]).current_dir(&host.workspace),
             )?;
@@ -60,12 +60,19 @@ pub(crate) fn keep(file: &Path, directory: &Path) -> Result<()> {
     fs::rename(&part, &target).with_context(|| format!("writing {}", target.display()))
 }
 
-fn has_package(host: &Host, package: &str) -> Result<bool> {
+/// Whether a package of the workspace has this binary: one that is begun may have none yet.
+fn has_binary(host: &Host, binary: &str) -> Result<bool> {
     let mut metadata = cargo();
     metadata.args(["metadata", "--no-deps", "--format-version=1"]).current_dir(&host.workspace);
     let metadata: serde_json::Value =
         serde_json::from_str(&proc::output(&mut metadata)?).context("parsing cargo's metadata")?;
-    let packages = metadata.get("packages").and_then(|packages| packages.as_array());
-    let mut names = packages.into_iter().flatten().filter_map(|package| package.get("name")?.as_str());
-    Ok(names.any(|name| name == package))
+    let list = |value: &serde_json::Value, name: &str| {
+        value.get(name).and_then(|list| list.as_array()).cloned().unwrap_or_default()
+    };
+    let targets = list(&metadata, "packages").into_iter().flat_map(|package| list(&package, "targets"));
+    let is_it = |target: &serde_json::Value| {
+        let is_binary = list(target, "kind").iter().any(|kind| kind == "bin");
+        is_binary && target.get("name").is_some_and(|name| name == binary)
+    };
+    Ok(targets.into_iter().any(|target| is_it(&target)))
 }

@@ -257,6 +257,8 @@ const FS: &[Call] = &[
     any(libc::SYS_linkat),
     any(libc::SYS_symlinkat),
     any(libc::SYS_unlinkat),
+    // The C library calls the older one when there are no flags.
+    any(libc::SYS_renameat),
     any(libc::SYS_renameat2),
     // Attributes.
     any(libc::SYS_utimensat),
