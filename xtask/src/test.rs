@@ -25,7 +25,7 @@ const E2E_LIMIT: u64 = 40 * 60;
 const SOAK_LIMIT: u64 = 12 * 3600;
 
 /// The tests that containerd's version may make a difference to, as a nextest filter.
-const WITH_CONTAINERD: &str = "binary(runc_baseline) | binary(testbed) | binary(/^shim/)";
+const WITH_CONTAINERD: &str = "binary(runc_baseline) | binary(testbed)";
 
 /// Options of `cargo xtask test`. Without any, everything runs but the soaks.
 #[derive(Args, Clone, Debug)]
