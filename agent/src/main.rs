@@ -128,6 +128,7 @@ fn serve(
         };
         info!(listen = ?options.listen, version = env!("CARGO_PKG_VERSION"), "serving");
         let mut shutdown = state.shutdown.subscribe();
+        let mut emptied = state.emptied.subscribe();
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let by_signal = Shutdown { reboot: false, grace_ms: SIGNAL_GRACE_MS };
@@ -148,8 +149,8 @@ fn serve(
         }
         state.closing.send_replace(true);
         // So that the last events reach the host; calls that wait for what will not happen are cut off.
-        let bound = if is_init { LAST_WORDS } else { LAST_WORDS + REMOVAL };
-        let _ = tokio::time::timeout(bound, server).await;
+        let _ = tokio::time::timeout(REMOVAL, emptied.wait_for(|&emptied| emptied)).await;
+        let _ = tokio::time::timeout(LAST_WORDS, server).await;
         Ok(how)
     })
 }

@@ -105,6 +105,7 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), Serv
             // The end of a machine takes everything with it; on a machine of others nothing may stay.
             ending.remove_everything().await;
         }
+        ending.state.emptied.send_replace(true);
     };
     Server::builder()
         .max_concurrent_streams(limits::MAX_IN_FLIGHT)

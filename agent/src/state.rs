@@ -43,6 +43,8 @@ pub struct State {
     pub shutdown: watch::Sender<Option<Shutdown>>,
     /// Set when nothing will happen any more: streams end after what they have not sent yet.
     pub closing: watch::Sender<bool>,
+    /// What had to be removed before the end has been.
+    pub emptied: watch::Sender<bool>,
     degraded: AtomicBool,
     faults: Mutex<VecDeque<String>>,
     policy: Mutex<Policy>,
@@ -75,6 +77,7 @@ impl State {
             listening_us: AtomicU64::new(0),
             shutdown: watch::Sender::new(None),
             closing: watch::Sender::new(false),
+            emptied: watch::Sender::new(false),
             degraded: AtomicBool::new(false),
             faults: Mutex::default(),
             policy: Mutex::default(),

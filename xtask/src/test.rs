@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How long one variant's whole-system tests may take, in seconds.
-const E2E_LIMIT: u64 = 40 * 60;
+const E2E_LIMIT: u64 = 60 * 60;
 
 /// The same for the soaks.
 const SOAK_LIMIT: u64 = 12 * 3600;
