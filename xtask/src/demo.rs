@@ -84,7 +84,7 @@ pub(crate) fn run(host: &Host, args: &DemoArgs) -> Result<ExitCode> {
         direct: args.direct,
         command,
     };
-    exec::exec(host, &request)
+    exec::exec(host, &request, exec::standard_error())
 }
 
 fn guest_initramfs(busybox: &Path) -> Result<Vec<u8>> {

@@ -120,6 +120,7 @@ pub(crate) fn vmm(host: &Host, args: &BenchArgs) -> Result<ExitCode> {
             direct: args.direct,
             command,
         },
+        exec::standard_error(),
     )?;
     let results = exchange.path().join(inside::RESULTS);
     if !results.exists() {

@@ -6,7 +6,10 @@ use std::{
     os::{fd::AsRawFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -14,7 +17,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
-use super::{MachineArgs, root::Testbed};
+use super::{MachineArgs, monitor::Monitor, root::Testbed};
 use crate::{host::Host, proc};
 
 /// The size of the scratch disk. It is sparse.
@@ -27,6 +30,13 @@ const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-sa
 /// one processor, since most of its patching of itself happens then; init.sh starts the others.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr tsc=nowatchdog clocksource=tsc \
                        random.trust_cpu=on apparmor=0 maxcpus=1";
+
+/// A century is no limit.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// How long a machine may say nothing before it is taken for lost. It says that it is alive every ten seconds of its
+/// own time, unless it counts instructions.
+const SILENCE: Duration = Duration::from_secs(150);
 
 /// A directory of the host that the machine sees.
 #[derive(Clone, Debug)]
@@ -43,7 +53,10 @@ pub(crate) struct Share {
 pub(crate) struct Machine {
     qemu: Child,
     control: UnixStream,
+    monitor: Monitor,
     events: Receiver<Event>,
+    /// How long it may say nothing.
+    patience: Duration,
     pumps: Vec<JoinHandle<()>>,
     console: PathBuf,
 }
@@ -53,25 +66,31 @@ pub(crate) struct Machine {
 enum Event {
     /// It is set up; the rest of the line describes it.
     Ready(String),
+    /// The command runs, and the machine with it.
+    Alive,
     /// The command ended with this code.
     Exit(u8),
 }
 
 impl Event {
     fn parse(line: &str) -> Option<Self> {
-        match line.trim_end().split_once(' ')? {
-            ("ready", what) => Some(Self::Ready(what.to_owned())),
-            ("exit", code) => code.parse().ok().map(Self::Exit),
+        match line.trim_end().split_once(' ') {
+            Some(("ready", what)) => Some(Self::Ready(what.to_owned())),
+            Some(("exit", code)) => code.parse().ok().map(Self::Exit),
+            None if line.trim_end() == "alive" => Some(Self::Alive),
             _ => None,
         }
     }
 }
 
+/// Where bytes go as they come.
+pub(crate) type Sink = Arc<Mutex<dyn Write + Send>>;
+
 /// How the command's input and output reach the caller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub(crate) enum Terminal {
-    /// Standard output and error, as they come.
-    Streams,
+    /// Standard output goes to the caller's as it comes, and standard error to this.
+    Streams(Sink),
     /// The caller's terminal is the machine's console.
     Shell,
 }
@@ -108,11 +127,18 @@ impl Machine {
         qemu.args(["-device", "virtserialport,chardev=control,name=caisson.control"]);
         proc::inherit(&mut qemu, scratch.as_raw_fd());
         proc::inherit(&mut qemu, theirs.as_raw_fd());
-        if terminal == Terminal::Shell {
-            qemu.args(["-chardev", "stdio,id=tty,signal=off", "-device", "virtconsole,chardev=tty"]);
-        } else {
-            qemu.stdin(Stdio::null());
-        }
+        let (monitor, monitor_end) = Monitor::of(&mut qemu)?;
+        let shell = matches!(terminal, Terminal::Shell);
+        let errors: Sink = match terminal {
+            Terminal::Shell => {
+                qemu.args(["-chardev", "stdio,id=tty,signal=off", "-device", "virtconsole,chardev=tty"]);
+                Arc::new(Mutex::new(io::stderr()))
+            }
+            Terminal::Streams(errors) => {
+                qemu.stdin(Stdio::null());
+                errors
+            }
+        };
         for (number, share) in shares.iter().enumerate() {
             let mode = if share.writable { "" } else { ",readonly=on" };
             let path = share.host.display();
@@ -121,11 +147,14 @@ impl Machine {
             qemu.arg("-device").arg(format!("virtio-9p-pci,fsdev=fs{number},mount_tag={}", share.tag));
         }
         let child = qemu.spawn().context("starting qemu-system-x86_64")?;
-        drop((stdout_end, stderr_end, theirs, scratch));
+        drop((stdout_end, stderr_end, theirs, scratch, monitor_end));
 
-        let pumps = vec![pump(stdout, io::stdout()), pump(stderr, io::stderr())];
+        let pumps = vec![pump(stdout, Arc::new(Mutex::new(io::stdout()))), pump(stderr, errors)];
         let events = listen(control.try_clone().context("duplicating the control socket")?);
-        let mut machine = Self { qemu: child, control, events, pumps, console: console.to_owned() };
+        // Nobody knows how long ten seconds take when they are counted in instructions.
+        let patience = if args.icount || shell { FOREVER } else { SILENCE };
+        let console = console.to_owned();
+        let mut machine = Self { qemu: child, control, monitor, events, patience, pumps, console };
         machine.wait_ready(limit)?;
         Ok(machine)
     }
@@ -150,25 +179,41 @@ impl Machine {
     /// Lets the command run and waits for its end.
     ///
     /// # Errors
-    /// When the machine ends before its command, or the command is still running at the end of `limit`.
+    /// When the machine ends before its command or says nothing any more: [`Lost`] then; and when the command is still
+    /// running at the end of `limit`: [`TimedOut`].
     pub(crate) fn run(mut self, limit: Option<Duration>) -> Result<u8> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?;
         writeln!(self.control, "go {}", now.as_secs()).context("telling the testbed to go")?;
-        // A century is no limit.
-        let limit = limit.unwrap_or(Duration::from_secs(100 * 365 * 24 * 3600));
-        match self.events.recv_timeout(limit) {
-            Ok(Event::Exit(code)) => {
-                self.end();
-                Ok(code)
-            }
-            Ok(event) => bail!("the testbed said {event:?} while its command ran"),
-            Err(RecvTimeoutError::Timeout) => Err(TimedOut { limit }.into()),
-            Err(RecvTimeoutError::Disconnected) => {
-                let deadline = Instant::now() + Duration::from_secs(5);
-                let status = proc::wait_until(&mut self.qemu, deadline)?;
-                bail!("the testbed ended before its command (QEMU: {status}); {}", self.console_tail())
+        let limit = limit.unwrap_or(FOREVER);
+        let started = Instant::now();
+        loop {
+            let rest = limit.saturating_sub(started.elapsed());
+            match self.events.recv_timeout(rest.min(self.patience)) {
+                Ok(Event::Alive) => {}
+                Ok(Event::Exit(code)) => {
+                    self.end();
+                    return Ok(code);
+                }
+                Ok(event) => bail!("the testbed said {event:?} while its command ran"),
+                Err(RecvTimeoutError::Timeout) if started.elapsed() >= limit => {
+                    return Err(TimedOut { limit }.into());
+                }
+                Err(RecvTimeoutError::Timeout) => return Err(self.silent().into()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let deadline = Instant::now() + Duration::from_secs(5);
+                    let status = proc::wait_until(&mut self.qemu, deadline)?;
+                    let what = format!("ended before its command (QEMU: {status})");
+                    return Err(Lost { what, state: self.console_tail() }.into());
+                }
             }
         }
+    }
+
+    /// Asks a machine that says nothing where it is.
+    fn silent(&mut self) -> Lost {
+        let registers = self.monitor.where_it_is();
+        let what = format!("has said nothing for {}", proc::clock(self.patience));
+        Lost { what, state: format!("its registers, twice:\n{registers}\n{}", self.console_tail()) }
     }
 
     /// Ends QEMU, and waits until everything that the command wrote has been passed on.
@@ -185,7 +230,7 @@ impl Machine {
         let text = std::fs::read(&self.console).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).into_owned();
         let lines: Vec<&str> = text.lines().collect();
-        format!("its console's end:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"))
+        format!("its console's end:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"))
     }
 }
 
@@ -210,6 +255,21 @@ impl std::fmt::Display for BootFailed {
 }
 
 impl std::error::Error for BootFailed {}
+
+/// A machine that ended or hung while its command ran.
+#[derive(Debug)]
+pub(crate) struct Lost {
+    what: String,
+    state: String,
+}
+
+impl std::fmt::Display for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the testbed {}; {}", self.what, self.state)
+    }
+}
+
+impl std::error::Error for Lost {}
 
 /// A command that did not end in time.
 #[derive(Debug)]
@@ -266,11 +326,12 @@ fn scratch_disk(host: &Host) -> Result<File> {
 }
 
 /// Passes on what comes out of a pipe as it comes.
-fn pump(mut from: PipeReader, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
+fn pump(mut from: PipeReader, to: Sink) -> JoinHandle<()> {
     thread::spawn(move || {
         let mut buffer = [0; 8192];
         while let Ok(count @ 1..) = io::Read::read(&mut from, &mut buffer) {
             // A caller that has closed its end is not told anything; the command still runs to its end.
+            let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
             let _ = to.write_all(&buffer[..count]).and_then(|()| to.flush());
         }
     })
@@ -299,14 +360,15 @@ pub(crate) fn boot(
     bed: &Testbed,
     args: &MachineArgs,
     shares: &[Share],
-    terminal: Terminal,
+    terminal: &Terminal,
 ) -> Result<Machine> {
     let scratch = host.cache.scratch()?;
     let console = scratch.path().join("console");
     let mut attempt = 0;
     loop {
         let started = Instant::now();
-        match Machine::boot(host, bed, args, (shares, terminal), (&console, args.boot_limit(attempt))) {
+        match Machine::boot(host, bed, args, (shares, terminal.clone()), (&console, args.boot_limit(attempt)))
+        {
             Ok(machine) => {
                 eprintln!("==> testbed booted in {}", proc::clock(started.elapsed()));
                 return Ok(machine);
@@ -325,9 +387,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_machine_says_two_things() {
+    fn the_machine_says_three_things() {
         assert_eq!(Event::parse("ready 6.12 cpus=2"), Some(Event::Ready("6.12 cpus=2".to_owned())));
         assert_eq!(Event::parse("exit 7\n"), Some(Event::Exit(7)));
+        assert_eq!(Event::parse("alive\n"), Some(Event::Alive));
         assert_eq!(Event::parse("exit 700"), None);
         assert_eq!(Event::parse("hello"), None);
     }

@@ -1,9 +1,10 @@
 //! One command in the testbed, or on this host when that has hardware KVM.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -13,7 +14,7 @@ use nix::sys::signal::Signal;
 
 use super::{
     MachineArgs,
-    boot::{self, Share, Terminal, TimedOut},
+    boot::{self, Share, Sink, Terminal, TimedOut},
     root,
 };
 use crate::{host::Host, proc};
@@ -47,11 +48,12 @@ pub(crate) struct ExecArgs {
     pub(crate) command: Vec<String>,
 }
 
-/// Runs a command and passes on its output and exit code.
+/// Runs a command and passes on its output and exit code. What it writes to standard error goes to `errors`, unless it
+/// runs on this host.
 ///
 /// # Errors
-/// When the testbed can't be built or booted, or ends before the command does.
-pub(crate) fn exec(host: &Host, args: &ExecArgs) -> Result<ExitCode> {
+/// When the testbed can't be built or booted; [`boot::Lost`] when it ends before the command does.
+pub(crate) fn exec(host: &Host, args: &ExecArgs, errors: Sink) -> Result<ExitCode> {
     if args.direct {
         return direct(args);
     }
@@ -71,7 +73,7 @@ pub(crate) fn exec(host: &Host, args: &ExecArgs) -> Result<ExitCode> {
     shares.push(Share { tag: "job".to_owned(), host: job, writable: false });
     shares.push(Share { tag: "exchange".to_owned(), host: exchange, writable: true });
 
-    let machine = boot::boot(host, &bed, &args.machine, &shares, Terminal::Streams)?;
+    let machine = boot::boot(host, &bed, &args.machine, &shares, &Terminal::Streams(errors))?;
     match machine.run(args.timeout.map(Duration::from_secs)) {
         Ok(code) => Ok(ExitCode::from(code)),
         Err(error) if error.is::<TimedOut>() => {
@@ -80,6 +82,11 @@ pub(crate) fn exec(host: &Host, args: &ExecArgs) -> Result<ExitCode> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// The standard error of this process.
+pub(crate) fn standard_error() -> Sink {
+    Arc::new(Mutex::new(io::stderr()))
 }
 
 /// Opens a shell on the machine's console.
@@ -93,7 +100,7 @@ pub(crate) fn shell(host: &Host, args: &MachineArgs) -> Result<ExitCode> {
     let scratch = host.cache.scratch()?;
     let mut shares = shares(host);
     shares.push(Share { tag: "exchange".to_owned(), host: scratch.path().to_owned(), writable: true });
-    let machine = boot::boot(host, &bed, &args, &shares, Terminal::Shell)?;
+    let machine = boot::boot(host, &bed, &args, &shares, &Terminal::Shell)?;
     let code = machine.run(None);
     // QEMU was killed with the terminal in raw mode.
     let _ = Command::new("stty").arg("sane").status();

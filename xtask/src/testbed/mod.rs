@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`root`] | the machine's kernel and root file systems, made from Debian packages and cached |
 //! | [`boot`] | QEMU: the machine, its shares, its ports, its end |
+//! | [`monitor`] | QEMU's monitor, asked where a machine hangs |
 //! | [`exec`] | running one command in it, or on this host when that has hardware KVM |
 //!
 //! The machine's processor is emulated (TCG) with SVM, so its KVM is the kernel's own, at a tenth of the speed.
@@ -11,6 +12,7 @@
 
 pub(crate) mod boot;
 pub(crate) mod exec;
+mod monitor;
 pub(crate) mod root;
 
 use std::{process::ExitCode, time::Duration};
@@ -105,7 +107,7 @@ pub(crate) fn run(host: &Host, command: TestbedCommand) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        TestbedCommand::Exec(args) => exec::exec(host, &args),
+        TestbedCommand::Exec(args) => exec::exec(host, &args, exec::standard_error()),
         TestbedCommand::Shell(args) => exec::shell(host, &args),
     }
 }

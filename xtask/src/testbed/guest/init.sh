@@ -83,8 +83,13 @@ case $cmdline in
     pumps=$!
     cat /run/caisson-testbed/stderr >"$(port caisson.stderr)" &
     pumps="$pumps $!"
+    # Says that the machine lives. It waits on a pipe that stays empty, so that no processes come and go.
+    mkfifo /run/caisson-testbed/never
+    (while ! read -rt 10 _ <>/run/caisson-testbed/never; do echo alive >&9; done) &
+    heart=$!
     setsid bash /job/job </dev/null >/run/caisson-testbed/stdout 2>/run/caisson-testbed/stderr 9>&-
     code=$?
+    kill $heart
     # A daemon that the command left behind may hold the pipes open: what it says later is not waited for.
     for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
         kill -0 $pumps 2>/dev/null || break

@@ -1,9 +1,12 @@
 //! `cargo xtask test`: everything that must hold before a change is merged.
 
+mod outcome;
+
 use std::{
-    env, fs,
+    env, fs, io,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -15,11 +18,19 @@ use crate::{
     kernel::{self, KernelArgs},
     proc, products,
     steps::Steps,
-    testbed::{MachineArgs, Variant, exec},
+    testbed::{
+        MachineArgs, Variant,
+        boot::Lost,
+        exec::{self, ExecArgs},
+    },
 };
+use outcome::Outcomes;
 
-/// How long one variant's whole-system tests may take, in seconds.
-const E2E_LIMIT: u64 = 60 * 60;
+/// How often a variant's tests may lose the emulated machine that they run on, and go on in another.
+const LOSSES: usize = 2;
+
+/// How long one variant's whole-system tests may take on one machine, in seconds.
+const E2E_LIMIT: u64 = 45 * 60;
 
 /// The same for the soaks.
 const SOAK_LIMIT: u64 = 12 * 3600;
@@ -140,7 +151,50 @@ fn archive(host: &Host, products: &Path) -> Result<PathBuf> {
 }
 
 /// Runs the packed tests in the testbed, or on this host.
+///
+/// An emulated machine may be lost under the tests through no fault of theirs. That is said, with what the machine was
+/// at, and those that had not ended run in another; a test that has failed stays failed.
 fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Variant>) -> Result<()> {
+    let asked = filter(args, variant);
+    let scratch = host.cache.scratch()?;
+    let place = Place { variant, scratch: scratch.path() };
+    let outcomes = Arc::new(Mutex::new(Outcomes::new(io::stderr())));
+    let seen = || outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut wanted = asked.clone();
+    for losses in 0.. {
+        let request = request(host, args, parts, &place, wanted.as_deref())?;
+        match exec::exec(host, &request, outcomes.clone()) {
+            Ok(code) => {
+                ensure!(code == ExitCode::SUCCESS && seen().failures() == 0, "the whole-system tests failed");
+                break;
+            }
+            Err(error) if error.is::<Lost>() && losses < LOSSES => {
+                eprintln!("==> {error}\n==> LOST the machine under the tests; the rest run in another");
+                wanted = Some(seen().rest(asked.as_deref()));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Where tests run.
+struct Place<'a> {
+    /// The emulated machine, or this host.
+    variant: Option<Variant>,
+    /// Where tests on this host keep what they make.
+    scratch: &'a Path,
+}
+
+/// The command that runs the packed tests that `wanted` selects.
+fn request(
+    host: &Host,
+    args: &TestArgs,
+    parts: &Parts,
+    place: &Place<'_>,
+    wanted: Option<&str>,
+) -> Result<ExecArgs> {
+    let variant = place.variant;
     let there = |path: &Path| -> Result<String> {
         let path = if variant.is_some() { exec::inside(host, path)? } else { path.to_owned() };
         Ok(path.to_string_lossy().into_owned())
@@ -154,8 +208,7 @@ fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Varia
     ] {
         env.push(format!("{name}={}", there(path)?));
     }
-    let scratch = host.cache.scratch()?;
-    let state = if variant.is_some() { PathBuf::from("/scratch") } else { scratch.path().to_owned() };
+    let state = if variant.is_some() { PathBuf::from("/scratch") } else { place.scratch.to_owned() };
     env.push(format!("TMPDIR={}", state.join("tmp").display()));
 
     // The emulated machine's own file systems are made anew at each boot, so the directory is made there.
@@ -164,29 +217,27 @@ fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Varia
     command.push(there(&parts.products.join("e2e-runner"))?);
     command.push(format!("--state={}", state.join("e2e").display()));
     command.push(there(&parts.products.join("cargo-nextest"))?);
-    command
-        .extend(["nextest", "run", "--no-fail-fast", "--profile=e2e", "--archive-file"].map(str::to_owned));
+    command.extend(["nextest", "run", "--no-fail-fast", "--archive-file"].map(str::to_owned));
     command.push(there(&parts.archive)?);
     command.push(format!("--workspace-remap={}", there(&host.workspace)?));
-    if let Some(filter) = filter(args, variant) {
-        command.extend(["-E", &filter, "--no-tests", "pass"].map(str::to_owned));
+    if let Some(wanted) = wanted {
+        command.extend(["-E", wanted, "--no-tests", "pass"].map(str::to_owned));
     }
-    if args.soak {
+    let limit = if args.soak {
         command.extend(["--profile=soak", "--run-ignored=only"].map(str::to_owned));
-        command.retain(|word| word != "--profile=e2e");
-    }
-    let limit = if args.soak { SOAK_LIMIT } else { E2E_LIMIT };
-    let request = exec::ExecArgs {
+        SOAK_LIMIT
+    } else {
+        command.push("--profile=e2e".to_owned());
+        E2E_LIMIT
+    };
+    Ok(ExecArgs {
         machine: MachineArgs::of(variant.unwrap_or_default()),
         exchange: None,
         env,
         timeout: Some(limit),
         direct: variant.is_none(),
         command,
-    };
-    let code = exec::exec(host, &request)?;
-    ensure!(code == ExitCode::SUCCESS, "the whole-system tests failed");
-    Ok(())
+    })
 }
 
 /// The tests to run on a variant: both have the same kernel, so what has nothing to do with containerd runs on one.
