@@ -8,6 +8,7 @@
 //! | [`config`] | the node's configuration, and what a pod's annotations may change of it |
 //! | [`sizing`] | how many vCPUs and how much memory a pod's machine gets |
 //! | [`journal`] | the record of all that was made for a pod, and its undoing |
+//! | [`share`] | the directory that a pod's machine is served: root file systems, volumes, whose files they are |
 //!
 //! The task service, which drives a pod's machine through these, is not part of this crate yet: there is no
 //! binary that containerd could start.
@@ -17,4 +18,5 @@ pub mod config;
 pub mod id;
 pub mod invocation;
 pub mod journal;
+pub mod share;
 pub mod sizing;

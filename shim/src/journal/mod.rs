@@ -1,8 +1,9 @@
 //! The record of all that was made for a pod, and its undoing.
 //!
 //! What is about to be made is written down first. Whoever comes later, with the shim, the VMM and the agent dead at
-//! any instruction, can [`undo`](Journal::undo) a pod from its record alone: the latest thing first, each as if it may
-//! never have been made. What cannot be undone stays in the record for the next try.
+//! any instruction, can [`undo`](Journal::undo) a pod from its record alone: processes first, as they use the rest, then
+//! the latest thing first, each as if it may never have been made. What cannot be undone stays in the record for the next
+//! try. A part of a pod that ends earlier, such as one of its containers, is [undone alone](Journal::undo_where).
 //!
 //! The record is a file of lines in the pod's directory below `/run`, which no restart of the machine survives; nor
 //! does anything that it speaks of. A line counts once its newline is there. A shim that was killed while it wrote a
@@ -127,40 +128,64 @@ impl Journal {
         Ok(())
     }
 
-    /// Undoes everything, the latest first, and removes the record. May be called again, and by anyone.
+    /// Undoes everything, and removes the record. May be called again, and by anyone.
     ///
     /// # Errors
     /// When something remains, which the record then still holds, or when the record cannot be written.
     pub fn undo(mut self) -> Result<(), CleanError> {
+        self.undo_where(|_| true)?;
+        // Of one who was killed while it replaced the record. Before the record, which is what brings us back.
+        match fs::remove_file(self.next()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => result.map_err(|source| self.io("remove the successor of", source))?,
+        }
+        fs::remove_file(&self.path).map_err(|source| self.io("remove", source)).map_err(CleanError::from)
+    }
+
+    /// Undoes what `which` chooses, and strikes it off the record.
+    ///
+    /// # Errors
+    /// When something remains, which the record then still holds, or when the record cannot be written.
+    pub fn undo_where(&mut self, which: impl Fn(&Resource) -> bool) -> Result<(), CleanError> {
         let mut left = Vec::new();
-        while let Some(resource) = self.resources.pop() {
-            if let Err(error) = resource.undo() {
-                left.push((resource, error));
+        let mut kept: Vec<_> = std::mem::take(&mut self.resources).into_iter().map(Some).collect();
+        for processes in [true, false] {
+            for slot in kept.iter_mut().rev() {
+                let chosen = |resource: &mut Resource| {
+                    matches!(resource, Resource::Process(_)) == processes && which(resource)
+                };
+                let Some(resource) = slot.take_if(chosen) else { continue };
+                if let Err(error) = resource.undo() {
+                    left.push((resource.clone(), error));
+                    *slot = Some(resource);
+                }
             }
         }
-        if left.is_empty() {
-            // Of one who was killed while it replaced the record. Before the record, which is what brings us back.
-            match fs::remove_file(self.next()) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                result => result.map_err(|source| self.io("remove the successor of", source))?,
-            }
-            fs::remove_file(&self.path).map_err(|source| self.io("remove", source))?;
-            return Ok(());
+        let before = kept.len();
+        self.resources = kept.into_iter().flatten().collect();
+        if self.resources.len() < before {
+            self.replace()?;
         }
-        left.reverse();
-        self.replace(left.iter().map(|(resource, _)| resource))?;
-        Err(Leftovers(left).into())
+        if left.is_empty() { Ok(()) } else { Err(Leftovers(left).into()) }
     }
 
     /// Replaces the record in one step, so that one who is killed here leaves the old or the new one.
-    fn replace<'a>(&self, resources: impl Iterator<Item = &'a Resource>) -> Result<(), JournalError> {
+    fn replace(&mut self) -> Result<(), JournalError> {
         let mut text = Vec::new();
-        for resource in resources {
+        for resource in &self.resources {
             text.extend(encode(resource)?);
         }
         let next = self.next();
-        fs::write(&next, text).map_err(|source| self.io("rewrite", source))?;
-        fs::rename(&next, &self.path).map_err(|source| self.io("replace", source))
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = options.open(&next).map_err(|source| self.io("rewrite", source))?;
+        file.write_all(&text).map_err(|source| self.io("rewrite", source))?;
+        fs::rename(&next, &self.path).map_err(|source| self.io("replace", source))?;
+        // More may be written to it, as before only at its end.
+        let mut options = OpenOptions::new();
+        options.read(true).append(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+        self.file = options.open(&self.path).map_err(|source| self.io("open", source))?;
+        Ok(())
     }
 
     fn next(&self) -> PathBuf {
@@ -252,6 +277,44 @@ mod tests {
         fs::remove_file(full.join("unknown")).unwrap();
         again.undo().unwrap();
         assert!(!full.exists());
+    }
+
+    #[test]
+    fn a_part_is_undone_alone_and_the_record_goes_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(directory.path()).unwrap();
+        let files: Vec<_> = ["a", "b", "c", "d"].iter().map(|name| directory.path().join(name)).collect();
+        for file in &files[..3] {
+            journal.record(Resource::File(file.clone())).unwrap();
+            fs::write(file, "").unwrap();
+        }
+        let second = Resource::File(files[1].clone());
+        journal.undo_where(|resource| *resource == second).unwrap();
+        journal.record(Resource::File(files[3].clone())).unwrap();
+        fs::write(&files[3], "").unwrap();
+        assert_eq!(files.iter().map(|file| file.exists()).collect::<Vec<_>>(), [true, false, true, true]);
+
+        let again = Journal::open(directory.path()).unwrap();
+        assert_eq!(again.resources(), [0, 2, 3].map(|index: usize| Resource::File(files[index].clone())));
+        again.undo().unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn processes_end_before_what_they_use_is_taken_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(directory.path()).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let process = ProcessId::of(child.id().try_into().unwrap()).unwrap();
+        let full = directory.path().join("full");
+        fs::create_dir(&full).unwrap();
+        fs::write(full.join("unknown"), "").unwrap();
+        journal.record(Resource::Process(process)).unwrap();
+        journal.record(Resource::Directory(full.clone())).unwrap();
+        // The directory stays, whose turn would have been first; the process is gone all the same.
+        journal.undo().unwrap_err();
+        assert!(!child.wait().unwrap().success());
+        assert_eq!(Journal::open(directory.path()).unwrap().resources(), [Resource::Directory(full)]);
     }
 
     #[test]

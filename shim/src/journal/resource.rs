@@ -1,7 +1,9 @@
 //! One thing that was made for a pod, and how it is undone.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 /// How long a killed process, and a group that loses its last one, may take to go.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a mount may stay in use before it is detached in use.
+const UNUSED_WITHIN: Duration = Duration::from_millis(100);
 
 /// One thing. All paths are absolute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,8 +27,16 @@ pub enum Resource {
     Directory(PathBuf),
     /// A file, socket, fifo or link.
     File(PathBuf),
-    /// A mount at this place.
+    /// A mount at this place, with all that is mounted on it and below it.
     Mount(PathBuf),
+    /// A symbolic link that claims what its name stands for, one of many that others claim by the same means. It is
+    /// removed only if it names its owner: recorded before the claim is made, it may have been lost to somebody else.
+    Claim {
+        /// The link.
+        path: PathBuf,
+        /// What it points to.
+        owner: PathBuf,
+    },
     /// A control group's directory (cgroups(7)), with all processes in it.
     Cgroup(PathBuf),
     /// A process. It has an identity only once it exists, so it is recorded while it waits, before it does anything,
@@ -124,6 +136,7 @@ impl Resource {
             Resource::Directory(path) => gone(fs::remove_dir(path), "remove directory", path),
             Resource::File(path) => gone(fs::remove_file(path), "remove", path),
             Resource::Mount(path) => unmount(path),
+            Resource::Claim { path, owner } => give_back(path, owner),
             Resource::Cgroup(path) => remove_cgroup(path),
             Resource::Process(process) => process.kill(),
         }
@@ -140,16 +153,70 @@ fn gone(result: io::Result<()>, action: &'static str, path: &Path) -> Result<(),
     }
 }
 
-/// Takes every mount away that was stacked at `path`. Detached at once; it ends when its last user does.
+/// Removes a claim, if it is `owner`'s. Nobody else removes it meanwhile, and none but its owner could make it anew.
+fn give_back(path: &Path, owner: &Path) -> Result<(), UndoError> {
+    match fs::read_link(path) {
+        Ok(target) if target == owner => gone(fs::remove_file(path), "remove", path),
+        // Not a link: nobody's claim.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        other => gone(other.map(drop), "read", path),
+    }
+}
+
+/// Takes every mount away that was stacked at `path`, and what is mounted below. Who still has a file open in it gets a
+/// moment to close it, as a file system that nobody uses any more is better than one that nobody sees any more; then it
+/// is detached, and ends when its last user does.
 fn unmount(path: &Path) -> Result<(), UndoError> {
+    let deadline = Instant::now() + UNUSED_WITHIN;
     loop {
-        match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        let flags = if Instant::now() < deadline { UnmountFlags::empty() } else { UnmountFlags::DETACH };
+        match rustix::mount::unmount(path, flags | UnmountFlags::NOFOLLOW) {
             Ok(()) => {}
             // Not a mount point (any more).
             Err(Errno::INVAL) => return Ok(()),
+            Err(Errno::BUSY) if flags.is_empty() => {
+                if !unmount_below(path) {
+                    thread::sleep(Duration::from_millis(2));
+                }
+            }
             Err(error) => return gone(Err(error.into()), "unmount", path),
         }
     }
+}
+
+/// Unmounts what is mounted below `path`, the innermost first; says whether there was any.
+fn unmount_below(path: &Path) -> bool {
+    let mounts = fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
+    let points = mounts.split(|byte| *byte == b'\n').filter_map(mount_point);
+    let below: Vec<_> = points.filter(|point| point != path && point.starts_with(path)).collect();
+    let mut any = false;
+    for point in below.iter().rev() {
+        any |= rustix::mount::unmount(point, UnmountFlags::NOFOLLOW).is_ok();
+    }
+    any
+}
+
+/// The mount point of a line of mountinfo: the fifth field, in which blanks and backslashes are octal numbers behind a
+/// backslash (proc_pid_mountinfo(5)).
+fn mount_point(line: &[u8]) -> Option<PathBuf> {
+    let field = line.split(|byte| *byte == b' ').nth(4)?;
+    let mut path = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let octal =
+            after.get(..3).filter(|_| *first == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                path.push(byte);
+                rest = after.get(3..).unwrap_or_default();
+            }
+            None => {
+                path.push(*first);
+                rest = after;
+            }
+        }
+    }
+    Some(OsString::from_vec(path).into())
 }
 
 /// Kills all processes of a group until it can be removed. The caller must not be in it.
@@ -248,6 +315,39 @@ mod tests {
         assert_eq!(fs::read_dir(path).unwrap().count(), 0);
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         assert!(!mounts.contains(path.to_str().unwrap()));
+    }
+
+    fn mount_tmpfs(path: &Path) {
+        fs::create_dir_all(path).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("caisson-test", path, "tmpfs", flags, None).unwrap();
+    }
+
+    #[test]
+    fn unmounts_what_is_in_use_and_what_is_below_whatever_its_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("outer");
+        mount_tmpfs(&path);
+        mount_tmpfs(&path.join("in ner\\040"));
+        mount_tmpfs(&path.join("in ner\\040/most"));
+        Resource::Mount(path.clone()).undo().unwrap();
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+
+        mount_tmpfs(&path);
+        let used = fs::File::create(path.join("used")).unwrap();
+        Resource::Mount(path.clone()).undo().unwrap();
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+        used.metadata().unwrap();
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        assert!(!mounts.contains(directory.path().to_str().unwrap()));
+    }
+
+    #[test]
+    fn reads_mount_points() {
+        let point = |line: &str| mount_point(line.as_bytes());
+        assert_eq!(point("7 1 0:5 / /a\\040b\\134 rw - tmpfs x rw"), Some("/a b\\".into()));
+        assert_eq!(point("7 1 0:5 / /a\\9 rw"), Some("/a\\9".into()));
+        assert_eq!(point("7 1 0:5"), None);
     }
 
     #[test]

@@ -1,0 +1,337 @@
+//! Shares with real mounts, in a mount namespace of the test's own. These tests need root.
+
+use std::os::unix::fs::{MetadataExt, chown, symlink};
+use std::sync::mpsc;
+use std::thread;
+
+use rustix::mount::{MountFlags, mount, mount_bind_recursive, unmount};
+
+use super::*;
+
+const RANGE: IdRange = IdRange { first: ID_BASE, count: ID_COUNT };
+
+/// A pod's directory, and files of the host, on the calling thread's own mounts.
+struct Host {
+    directory: tempfile::TempDir,
+    journal: Journal,
+}
+
+impl Host {
+    fn new() -> Host {
+        sys::leave_mount_namespace().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("pod")).unwrap();
+        let journal = Journal::open(&directory.path().join("pod")).unwrap();
+        Host { directory, journal }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn share(&mut self, owners: Owners) -> Share {
+        let pod = self.path("pod");
+        Share::make(&mut self.journal, &pod, owners).unwrap()
+    }
+
+    /// A file and the directories above it.
+    fn file(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// An image of two layers and a container's own, as containerd's overlay snapshotter has them.
+    fn image(&self) -> Mount {
+        self.file("1/fs/etc/passwd", "below");
+        self.file("1/fs/etc/group", "lower");
+        self.file("2/fs/etc/passwd", "above");
+        fs::create_dir_all(self.path("3/fs")).unwrap();
+        fs::create_dir_all(self.path("3/work")).unwrap();
+        let [one, two, upper, work] = ["1/fs", "2/fs", "3/fs", "3/work"].map(|name| self.path(name));
+        let options = [
+            "index=off".to_owned(),
+            format!("workdir={}", work.display()),
+            format!("upperdir={}", upper.display()),
+            format!("lowerdir={}:{}", two.display(), one.display()),
+        ];
+        Mount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: options.into(),
+            ..Mount::default()
+        }
+    }
+
+    fn directory(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir(&path).unwrap();
+        path
+    }
+
+    fn tmpfs(&self, name: &str) -> PathBuf {
+        let path = self.directory(name);
+        mount("test", &path, "tmpfs", MountFlags::empty(), None).unwrap();
+        path
+    }
+
+    /// All mount points below the directory of this test.
+    fn mounts(&self) -> Vec<String> {
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+        points
+            .filter(|point| Path::new(point).starts_with(self.directory.path()))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Somebody else undoes the pod, who has nothing but its record. Nothing may be left.
+    fn undo(&self) {
+        let pod = self.path("pod");
+        Journal::open(&pod).unwrap().undo().unwrap();
+        assert_eq!(self.mounts(), [""; 0]);
+        assert_eq!(fs::read_dir(pod).unwrap().count(), 0);
+    }
+}
+
+/// Runs `work` as the machine's root is seen on the host.
+fn as_guest<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let thread = || {
+        sys::act_as(RANGE).unwrap();
+        work()
+    };
+    thread::scope(|scope| scope.spawn(thread).join().unwrap())
+}
+
+fn id(text: &str) -> Id {
+    text.parse().unwrap()
+}
+
+fn volume(source: &Path, options: &[&str]) -> Volume {
+    Volume { source: source.into(), options: options.iter().map(|option| (*option).to_owned()).collect() }
+}
+
+fn owner(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().uid()
+}
+
+#[test]
+fn a_guest_owns_its_root_file_system_and_the_disk_does_not_show_it() {
+    let mut host = Host::new();
+    let image = host.image();
+    assert!(mappable(std::slice::from_ref(&image), RANGE, &host.directory("scaffold")).unwrap());
+    let share = host.share(Owners::Mapped(RANGE));
+    let placed = share.add_rootfs(&mut host.journal, &id("c1"), &[image]).unwrap();
+    assert_eq!(placed, Placed { path: "c1/rootfs".into(), mapped: true });
+    let root = share.path().join(&placed.path);
+    assert_eq!(fs::read_to_string(root.join("etc/passwd")).unwrap(), "above");
+    assert_eq!(fs::read_to_string(root.join("etc/group")).unwrap(), "lower");
+    assert_eq!(owner(&root.join("etc/group")), RANGE.first);
+
+    as_guest(|| {
+        fs::write(root.join("new"), "new").unwrap();
+        // A file that has to be copied up, a directory that has to be made opaque, and a whiteout.
+        fs::write(root.join("etc/group"), "changed").unwrap();
+        fs::remove_file(root.join("etc/passwd")).unwrap();
+        fs::create_dir(root.join("etc/passwd")).unwrap();
+        fs::remove_dir(root.join("etc/passwd")).unwrap();
+        chown(root.join("new"), Some(RANGE.first + 33), Some(RANGE.first + 44)).unwrap();
+    });
+    let upper = host.path("3/fs");
+    assert_eq!((owner(&upper.join("new")), owner(&upper.join("etc/group"))), (33, 0));
+    assert_eq!(fs::symlink_metadata(upper.join("new")).unwrap().gid(), 44);
+    assert!(!root.join("etc/passwd").exists());
+    assert_eq!(fs::read_to_string(host.path("1/fs/etc/group")).unwrap(), "lower");
+    // The host's root is nobody there.
+    assert!(fs::write(root.join("host"), "").is_err());
+    host.undo();
+}
+
+#[test]
+fn without_a_mapping_owners_are_the_hosts() {
+    let mut host = Host::new();
+    let image = host.image();
+    chown(host.path("1/fs/etc/group"), Some(7), Some(7)).unwrap();
+    let share = host.share(Owners::Host);
+    let placed = share.add_rootfs(&mut host.journal, &id("c1"), &[image]).unwrap();
+    let root = share.path().join(&placed.path);
+    assert_eq!(owner(&root.join("etc/group")), 7);
+    fs::write(root.join("new"), "").unwrap();
+    assert!(host.path("3/fs/new").exists());
+    host.undo();
+}
+
+#[test]
+fn an_image_of_many_layers_with_long_names_is_mounted() {
+    let mut host = Host::new();
+    let name = |index: u32| format!("{}/{index}", "long".repeat(30));
+    let layers: Vec<_> = (0..60).map(|index| host.file(&format!("{}/f{index}", name(index)), "")).collect();
+    let lowers: Vec<_> = layers.iter().map(|file| file.parent().unwrap().to_str().unwrap()).collect();
+    let options = vec![format!("lowerdir={}", lowers.join(":"))];
+    assert!(options[0].len() > 4096);
+    let image = Mount { kind: "overlay".into(), source: "overlay".into(), options, ..Mount::default() };
+    let share = host.share(Owners::Mapped(RANGE));
+    let placed = share.add_rootfs(&mut host.journal, &id("c1"), &[image]).unwrap();
+    assert_eq!(fs::read_dir(share.path().join(placed.path)).unwrap().count(), 60);
+    host.undo();
+}
+
+#[test]
+fn mounts_of_a_root_file_system_stack_and_stay_inside() {
+    let mut host = Host::new();
+    host.file("root/etc/hostname", "");
+    fs::create_dir(host.path("root/data")).unwrap();
+    symlink("/data", host.path("root/link")).unwrap();
+    symlink("../../../..", host.path("root/out")).unwrap();
+    host.file("data/inside", "");
+    let bind = |source: &str, target: &str, option: &str| Mount {
+        kind: "bind".into(),
+        source: host.path(source).to_string_lossy().into(),
+        target: target.into(),
+        options: vec!["rbind".into(), option.into()],
+    };
+    let mounts = [bind("root", "", "ro"), bind("data", "/link", "rw")];
+    let escape = [bind("root", "", "rw"), bind("data", "/out", "rw")];
+    let share = host.share(Owners::Mapped(RANGE));
+    let placed = share.add_rootfs(&mut host.journal, &id("c1"), &mounts).unwrap();
+    let root = share.path().join(placed.path);
+    assert!(root.join("data/inside").exists());
+    as_guest(|| {
+        assert!(fs::write(root.join("etc/new"), "").is_err());
+        fs::write(root.join("data/new"), "").unwrap();
+    });
+    share.remove(&mut host.journal, &id("c1")).unwrap();
+    assert_eq!(host.mounts().len(), 1);
+
+    // The link leads to the image's root, not to ours.
+    let placed = share.add_rootfs(&mut host.journal, &id("c2"), &escape).unwrap();
+    assert!(share.path().join(placed.path).join("inside").exists());
+    host.undo();
+}
+
+#[test]
+fn volumes_are_directories_and_files_with_their_options() {
+    let mut host = Host::new();
+    let file = host.file("data/file", "one");
+    let directory = host.path("data");
+    symlink("file", directory.join("link")).unwrap();
+    let share = host.share(Owners::Mapped(RANGE));
+    let journal = &mut host.journal;
+    let mut add = |index, source: &Path, options: &[&str]| {
+        let placed = share.add_volume(journal, &id("c1"), index, &volume(source, options)).unwrap();
+        assert_eq!(placed, Placed { path: format!("c1/{index}").into(), mapped: true });
+        share.path().join(placed.path)
+    };
+    let writable = add(0, &directory, &["rbind", "rprivate"]);
+    let read_only = add(1, &directory, &["rbind", "ro"]);
+    let one_file = add(2, &directory.join("link"), &["bind", "ro"]);
+    assert_eq!(fs::read_to_string(&one_file).unwrap(), "one");
+    as_guest(|| {
+        fs::write(writable.join("new"), "two").unwrap();
+        assert!(fs::write(read_only.join("new"), "three").is_err());
+        assert!(fs::write(&one_file, "three").is_err());
+    });
+    assert_eq!(owner(&file), 0);
+    assert_eq!(owner(&directory.join("new")), 0);
+    assert_eq!(fs::read_to_string(read_only.join("new")).unwrap(), "two");
+    host.undo();
+    assert_eq!(fs::read_to_string(file).unwrap(), "one", "what was shared is not what is removed");
+}
+
+#[test]
+fn what_cannot_be_a_volume_is_refused_and_leaves_nothing() {
+    let mut host = Host::new();
+    let share = host.share(Owners::Host);
+    let before = host.journal.resources().len();
+    for (source, options) in [("/nonexistent", "rbind"), ("/dev/null", "bind"), ("/tmp", "rshared")] {
+        let added = share.add_volume(&mut host.journal, &id("c1"), 0, &volume(Path::new(source), &[options]));
+        assert!(added.is_err(), "{source}");
+    }
+    assert_eq!(host.journal.resources().len(), before);
+    let none = share.add_rootfs(&mut host.journal, &id("c1"), &[]);
+    assert!(matches!(none, Err(ShareError::NoRootfs)));
+    let unknown = Mount { kind: "nosuchfs".into(), source: "none".into(), ..Mount::default() };
+    let failed = share.add_rootfs(&mut host.journal, &id("c1"), &[unknown]);
+    assert!(matches!(failed, Err(ShareError::Mount { .. })));
+    share.remove(&mut host.journal, &id("c1")).unwrap();
+    assert_eq!(host.journal.resources().len(), before);
+    host.undo();
+}
+
+#[test]
+fn what_is_mounted_on_the_host_later_comes_in_only_where_it_is_asked_for() {
+    let mut host = Host::new();
+    let source = host.tmpfs("source");
+    mount_change(&source, MountPropagationFlags::SHARED).unwrap();
+    fs::create_dir(source.join("later")).unwrap();
+    let share = host.share(Owners::Mapped(RANGE));
+    let journal = &mut host.journal;
+    for (index, option) in [(0, "rslave"), (1, "rprivate")] {
+        share.add_volume(journal, &id("c1"), index, &volume(&source, &["rbind", option])).unwrap();
+    }
+    mount("test", source.join("later"), "tmpfs", MountFlags::empty(), None).unwrap();
+    fs::write(source.join("later/file"), "").unwrap();
+    assert!(share.path().join("c1/0/later/file").exists());
+    assert!(!share.path().join("c1/1/later/file").exists());
+    share.remove(journal, &id("c1")).unwrap();
+    assert!(source.join("later/file").exists(), "what happens in the share stays there");
+    unmount(&source, rustix::mount::UnmountFlags::DETACH).unwrap();
+    host.undo();
+}
+
+#[test]
+fn a_file_system_that_cannot_be_mapped_is_shared_as_it_is() {
+    let mut host = Host::new();
+    let share = host.share(Owners::Mapped(RANGE));
+    let placed = share.add_volume(&mut host.journal, &id("c1"), 0, &volume(Path::new("/proc/sys"), &["ro"]));
+    let placed = placed.unwrap();
+    assert!(!placed.mapped);
+    assert!(share.path().join(placed.path).join("kernel").exists());
+    let bind = Mount { kind: "bind".into(), source: "/proc/sys".into(), ..Mount::default() };
+    let refused = share.add_rootfs(&mut host.journal, &id("c2"), std::slice::from_ref(&bind));
+    assert!(matches!(refused, Err(ShareError::Unmappable { .. })));
+    assert!(!mappable(&[bind], RANGE, &host.directory("scaffold")).unwrap());
+    host.undo();
+}
+
+/// As the machine's process does it when it enters its jail.
+#[test]
+fn mounts_come_and_go_in_a_namespace_that_was_made_before() {
+    let mut host = Host::new();
+    let image = host.image();
+    let file = host.file("file", "content");
+    let share = host.share(Owners::Mapped(RANGE));
+    let inside = host.path("inside");
+    fs::create_dir(&inside).unwrap();
+    let (ask, asked) = mpsc::channel::<PathBuf>();
+    let (answer, answered) = mpsc::channel();
+    thread::scope(|scope| {
+        let (served, inside) = (share.path(), &inside);
+        scope.spawn(move || {
+            // SAFETY: the table of descriptors stays shared.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
+            mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
+            mount_bind_recursive(served, inside).unwrap();
+            answer.send(fs::write(inside.join("file"), "").is_ok()).unwrap();
+            for path in asked {
+                answer.send(inside.join(path).exists()).unwrap();
+            }
+        });
+        assert!(!answered.recv().unwrap(), "the share itself is not the guest's to write to");
+        let exists = |path: &str| {
+            ask.send(path.into()).unwrap();
+            answered.recv().unwrap()
+        };
+        let journal = &mut host.journal;
+        share.add_rootfs(journal, &id("c1"), &[image]).unwrap();
+        share.add_volume(journal, &id("c1"), 0, &volume(&file, &["bind"])).unwrap();
+        assert!(exists("c1/rootfs/etc/passwd") && exists("c1/0"));
+        share.remove(journal, &id("c1")).unwrap();
+        assert!(!exists("c1"));
+        share.add_volume(journal, &id("c1"), 0, &volume(&file, &["bind"])).unwrap();
+        assert!(exists("c1/0"));
+        drop(ask);
+    });
+    host.undo();
+}
