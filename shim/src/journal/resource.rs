@@ -14,6 +14,8 @@ use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
+use crate::network::{self, NamespaceId, NetworkError};
+
 /// How long a killed process, and a group that loses its last one, may take to go.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
 /// How long a mount may stay in use before it is detached in use.
@@ -39,6 +41,20 @@ pub enum Resource {
     },
     /// A control group's directory (cgroups(7)), with all processes in it.
     Cgroup(PathBuf),
+    /// An interface that was made in a network namespace.
+    Interface {
+        /// The namespace.
+        namespace: NamespaceId,
+        /// The interface's name.
+        name: String,
+    },
+    /// The redirection of all that arrives at an interface, which somebody else made.
+    Redirect {
+        /// The namespace.
+        namespace: NamespaceId,
+        /// The interface's name.
+        interface: String,
+    },
     /// A process. It has an identity only once it exists, so it is recorded while it waits, before it does anything,
     /// for a byte on a pipe whose other end its maker holds: a maker that dies earlier ends it.
     Process(ProcessId),
@@ -74,6 +90,9 @@ pub enum UndoError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// A part of the network remains.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// Something killed is still there after a bounded wait, as processes in uninterruptible sleep are.
     #[error("{0} does not end")]
     Stuck(String),
@@ -138,6 +157,12 @@ impl Resource {
             Resource::Mount(path) => unmount(path),
             Resource::Claim { path, owner } => give_back(path, owner),
             Resource::Cgroup(path) => remove_cgroup(path),
+            Resource::Interface { namespace, name } => {
+                network::remove_interface(namespace, name).map_err(UndoError::from)
+            }
+            Resource::Redirect { namespace, interface } => {
+                network::remove_redirect(namespace, interface).map_err(UndoError::from)
+            }
             Resource::Process(process) => process.kill(),
         }
     }
