@@ -8,6 +8,7 @@
 //! | [`config`] | the node's configuration, and what a pod's annotations may change of it |
 //! | [`sizing`] | how many vCPUs and how much memory a pod's machine gets |
 //! | [`journal`] | the record of all that was made for a pod, and its undoing |
+//! | [`cgroup`] | the pod's control group on the host |
 //! | [`network`] | the pod's network namespace, joined with the machine's cards |
 //! | [`share`] | the directory that a pod's machine is served: root file systems, volumes, whose files they are |
 //!
@@ -15,6 +16,7 @@
 //! binary that containerd could start.
 
 pub mod bundle;
+pub mod cgroup;
 pub mod config;
 pub mod id;
 pub mod invocation;

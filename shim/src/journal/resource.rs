@@ -41,6 +41,8 @@ pub enum Resource {
     },
     /// A control group's directory (cgroups(7)), with all processes in it.
     Cgroup(PathBuf),
+    /// A group above a pod's, which others may use by now: removed when nothing is in it.
+    CgroupParent(PathBuf),
     /// An interface that was made in a network namespace.
     Interface {
         /// The namespace.
@@ -157,6 +159,10 @@ impl Resource {
             Resource::Mount(path) => unmount(path),
             Resource::Claim { path, owner } => give_back(path, owner),
             Resource::Cgroup(path) => remove_cgroup(path),
+            Resource::CgroupParent(path) => match fs::remove_dir(path) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+                result => gone(result, "remove control group", path),
+            },
             Resource::Interface { namespace, name } => {
                 network::remove_interface(namespace, name).map_err(UndoError::from)
             }
@@ -181,7 +187,12 @@ fn gone(result: io::Result<()>, action: &'static str, path: &Path) -> Result<(),
 /// Removes a claim, if it is `owner`'s. Nobody else removes it meanwhile, and none but its owner could make it anew.
 fn give_back(path: &Path, owner: &Path) -> Result<(), UndoError> {
     match fs::read_link(path) {
-        Ok(target) if target == owner => gone(fs::remove_file(path), "remove", path),
+        Ok(target) if target == owner => {
+            gone(fs::remove_file(path), "remove", path)?;
+            // The last one takes the directory with it.
+            let _ = path.parent().map(fs::remove_dir);
+            Ok(())
+        }
         // Not a link: nobody's claim.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
         other => gone(other.map(drop), "read", path),

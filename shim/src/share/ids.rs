@@ -34,25 +34,32 @@ impl IdRange {
     /// When the directory or the journal cannot be written, or when 34,000 pods have claims.
     pub fn claim(journal: &mut Journal, directory: &Path, pod: &Path) -> Result<IdRange, ShareError> {
         let failed = |source| ShareError::Io { action: "claim ids in", path: directory.to_owned(), source };
-        fs::create_dir_all(directory).map_err(failed)?;
-        let taken = taken(directory).map_err(failed)?;
-        for index in (0..RANGES).filter(|index| !taken.contains(index)) {
+        loop {
+            fs::create_dir_all(directory).map_err(failed)?;
+            let taken = taken(directory).map_err(failed)?;
+            let free = (0..RANGES).find(|index| !taken.contains(index));
+            let index = free.ok_or(ShareError::NoIds)?;
             let path = directory.join(index.to_string());
             journal.record(Resource::Claim { path: path.clone(), owner: pod.to_owned() })?;
             // A link appears together with what it says, and for one of all who try.
             match symlink(pod, &path) {
                 Ok(()) => return Ok(IdRange { first: BASE + index * COUNT, count: COUNT }),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                // Another pod was first; or the last one has just taken the directory with it.
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) => {}
                 Err(error) => return Err(failed(error)),
             }
         }
-        Err(ShareError::NoIds)
     }
 }
 
 fn taken(directory: &Path) -> io::Result<BTreeSet<u32>> {
     let mut taken = BTreeSet::new();
-    for entry in fs::read_dir(directory)? {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(taken),
+        entries => entries?,
+    };
+    for entry in entries {
         taken.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
     }
     Ok(taken)
@@ -82,7 +89,7 @@ mod tests {
         for journal in journals {
             journal.undo().unwrap();
         }
-        assert_eq!(fs::read_dir(claims).unwrap().count(), 0);
+        assert!(!claims.exists());
     }
 
     #[test]
