@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::id::Id;
 
 /// The command line that containerd makes.
-#[derive(Debug, Parser, PartialEq, Eq)]
+#[derive(Clone, Debug, Parser, PartialEq, Eq)]
 #[command(name = "containerd-shim-caisson-v2", disable_version_flag = true)]
 pub struct Invocation {
     /// The containerd namespace of the container.

@@ -1,26 +1,42 @@
-//! The groundwork of Caisson's containerd shim.
+//! Caisson's containerd shim: one process a pod, which turns containerd's requests into a machine and what runs in it.
+//!
+//! A request goes one way: [`service`] → [`pod`] → ([`machine`] | the agent's client | [`share`]).
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`action`] | what a call of the binary does: start, serve, delete, info |
+//! | [`invocation`] | how containerd calls the binary, and the answer to `start` |
 //! | [`id`] | containerd's identifiers, checked before they become file names |
-//! | [`invocation`] | how containerd calls the shim's binary, and the answer to `start` |
 //! | [`bundle`] | which pod a container belongs to, from its bundle's `config.json` |
 //! | [`config`] | the node's configuration, and what a pod's annotations may change of it |
 //! | [`sizing`] | how many vCPUs and how much memory a pod's machine gets |
-//! | [`journal`] | the record of all that was made for a pod, and its undoing |
+//! | [`service`] | containerd's task API on the shim's socket |
+//! | [`pod`] | the pod: its sandbox, containers and processes |
+//! | [`machine`] | the jailed VMM and the agent in it |
+//! | [`share`] | the directory that the machine is served, with root file systems and volumes in it |
 //! | [`cgroup`] | the pod's control group on the host |
 //! | [`network`] | the pod's network namespace, joined with the machine's cards |
-//! | [`share`] | the directory that a pod's machine is served: root file systems, volumes, whose files they are |
-//!
-//! The task service, which drives a pod's machine through these, is not part of this crate yet: there is no
-//! binary that containerd could start.
+//! | [`streams`] | standard streams between containerd's fifos and the guest |
+//! | [`events`] | events on their way to containerd |
+//! | [`directory`] | the pod's directory, and who owns it |
+//! | [`journal`] | the record of all that was made for a pod, and its undoing |
+//! | [`log`], [`wire`] | lines for containerd's log; pieces of its messages |
 
+pub mod action;
 pub mod bundle;
 pub mod cgroup;
 pub mod config;
+pub mod directory;
+pub mod events;
 pub mod id;
 pub mod invocation;
 pub mod journal;
+pub mod log;
+pub mod machine;
 pub mod network;
+pub mod pod;
+pub mod service;
 pub mod share;
 pub mod sizing;
+pub mod streams;
+pub mod wire;

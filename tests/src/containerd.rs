@@ -90,6 +90,8 @@ impl Containerd {
             let old = std::env::var("PATH").unwrap_or_default();
             command.env("PATH", format!("{}:{old}", path.display()));
         }
+        // Shims inherit containerd's environment.
+        command.env("CAISSON_CONFIG", runtime_config(dir, path)?);
         let child = command.spawn().context("starting containerd")?;
         let mut containerd = Self { child, dir: dir.to_owned() };
         containerd.wait_until_up()?;
@@ -184,6 +186,25 @@ impl Drop for Containerd {
 /// Where a cgroup's directory is.
 fn cgroup_path(cgroup: &str) -> PathBuf {
     Path::new("/sys/fs/cgroup").join(cgroup.trim_start_matches('/'))
+}
+
+/// Describes the products to our runtime, and returns the directory of its configuration. Machines are small: there are
+/// many on one that is emulated.
+fn runtime_config(dir: &Path, products: Option<&Path>) -> Result<PathBuf> {
+    let config = dir.join("caisson");
+    fs::create_dir_all(&config)?;
+    if let Some(products) = products {
+        let (kernel, initramfs) = (std::env::var("CAISSON_KERNEL"), std::env::var("CAISSON_INITRAMFS"));
+        let text = format!(
+            "[machine]\nvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\n\
+             [sizing]\ndefault_memory_mib = 128\n",
+            products.join("caisson-vmm"),
+            kernel.unwrap_or_default(),
+            initramfs.unwrap_or_default(),
+        );
+        fs::write(config.join("config.toml"), text)?;
+    }
+    Ok(config)
 }
 
 /// containerd's major version.

@@ -22,10 +22,24 @@ pub const PREFIX: &str = "caisson.dev/";
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// What machines are made from.
+    pub machine: Machine,
     /// How large machines are.
     pub sizing: Policy,
     /// What pods may change.
     pub annotations: Annotations,
+}
+
+/// What machines are made from: files of the node's.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// The VMM's binary.
+    pub vmm: PathBuf,
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// The guest's initial RAM disk, with the agent in it.
+    pub initramfs: PathBuf,
 }
 
 /// What pods may change.

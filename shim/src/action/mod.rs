@@ -1,0 +1,123 @@
+//! What a call of the binary does.
+//!
+//! | module | is called |
+//! |---|---|
+//! | [`start`] | by containerd for each container: brings the pod's shim up, or finds it |
+//! | [`serve`] | by `start`: the shim itself, for the pod's life |
+//! | [`delete`] | by containerd when a shim is dead, or may be: removes what is left |
+//! | [`info`] | by whoever wants to know what this is |
+
+pub mod delete;
+pub mod info;
+pub mod serve;
+pub mod start;
+
+use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::bundle::{BundleError, Role, Spec};
+use crate::config::{Config, ConfigError};
+use crate::directory::DirectoryError;
+use crate::id::Id;
+use crate::invocation::Invocation;
+use crate::journal::UndoError;
+
+/// Where shims of containerd listen.
+const SOCKETS: &str = "/run/containerd/s";
+/// The directory of the node's configuration, unless the environment names another.
+const CONFIG: &str = "/etc/caisson";
+/// The variable that names another. containerd passes its own environment on to shims.
+const CONFIG_VARIABLE: &str = "CAISSON_CONFIG";
+
+/// Why an action failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ActionError {
+    /// A flag that containerd always passes.
+    #[error("the flag -{0} is missing")]
+    Missing(&'static str),
+    /// The bundle.
+    #[error("the bundle")]
+    Bundle(#[from] BundleError),
+    /// The node's configuration.
+    #[error("the configuration")]
+    Config(#[from] ConfigError),
+    /// The pod's directory.
+    #[error("the pod's directory")]
+    Directory(#[from] DirectoryError),
+    /// Something that was left can't be removed.
+    #[error("remove what is left")]
+    Undo(#[from] UndoError),
+    /// The pod of a container has no shim that lives.
+    #[error("the shim of pod {0} is gone")]
+    PodGone(Id),
+    /// A message that can't be read or written.
+    #[error("a message to or from containerd")]
+    Message(#[from] containerd_shim_protos::protobuf::Error),
+    /// An answer in JSON.
+    #[error("the answer")]
+    Json(#[from] serde_json::Error),
+    /// The ttrpc server.
+    #[error("serve")]
+    Serve(#[from] ttrpc::Error),
+    /// The host.
+    #[error("{action}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Standard output.
+    #[error("write the answer")]
+    Answer(#[from] io::Error),
+}
+
+fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> ActionError {
+    let action = action.into();
+    move |source| ActionError::Io { action, source }
+}
+
+/// An error and its causes.
+pub fn one_line(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}
+
+/// Who a call is about.
+#[derive(Debug)]
+struct Subject {
+    namespace: Id,
+    id: Id,
+    bundle: PathBuf,
+}
+
+impl Subject {
+    fn of(invocation: &Invocation) -> Result<Subject, ActionError> {
+        Ok(Subject {
+            namespace: invocation.namespace.clone().ok_or(ActionError::Missing("namespace"))?,
+            id: invocation.id.clone().ok_or(ActionError::Missing("id"))?,
+            bundle: invocation.bundle.clone().unwrap_or_else(|| PathBuf::from(".")),
+        })
+    }
+
+    /// The pod, and whether the container came with it.
+    fn pod(&self) -> Result<(Id, bool), BundleError> {
+        Ok(match Spec::read(&self.bundle)?.role()? {
+            Role::Alone | Role::Sandbox => (self.id.clone(), true),
+            Role::Member(pod) => (pod, false),
+        })
+    }
+}
+
+/// The node's configuration.
+fn node_config() -> Result<Config, ConfigError> {
+    let directory = std::env::var_os(CONFIG_VARIABLE).unwrap_or_else(|| CONFIG.into());
+    Config::read(Path::new(&directory))
+}

@@ -1,0 +1,128 @@
+//! `start`: brings the shim of a container's pod up, or finds it, and says where it listens.
+//!
+//! A new shim gets its socket from here, listening already: when this answers, containerd can connect.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::protobuf::Message;
+
+use super::{ActionError, SOCKETS, Subject, io_error};
+use crate::invocation::{Invocation, ReplyFormat, TASK_API_VERSION, socket_path};
+
+/// The variable with containerd's ttrpc socket.
+pub(super) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+/// The variable with the newest version that containerd understands.
+const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
+/// The most that is read from standard input, in bytes.
+const MAX_PARAMS: u64 = 4 << 20;
+
+/// Starts or finds the shim, and returns what containerd wants to read.
+///
+/// # Errors
+/// When the bundle does not tell which pod it is, or the shim can't be started.
+pub fn run(invocation: &Invocation) -> Result<Vec<u8>, ActionError> {
+    if invocation.id.is_some() {
+        let address = find_or_start(invocation, &[])?;
+        let version = std::env::var(MAX_SHIM_VERSION).ok();
+        return Ok(ReplyFormat::from_max_version(version.as_deref()).reply(&address)?.into_bytes());
+    }
+    // containerd from 2.3 on says all of it on standard input, and reads a message, too.
+    let mut bytes = Vec::new();
+    let read = io::stdin().lock().take(MAX_PARAMS).read_to_end(&mut bytes);
+    read.map_err(io_error("read the parameters"))?;
+    let params = BootstrapParams::parse_from_bytes(&bytes)?;
+    let parse = |text: &str| text.parse().ok();
+    let told = Invocation {
+        namespace: parse(&params.namespace),
+        id: parse(&params.instance_id),
+        address: params.containerd_grpc_address.clone(),
+        publish_binary: params.containerd_binary.clone(),
+        ..(*invocation).clone()
+    };
+    let environment = [(TTRPC_ADDRESS, params.containerd_ttrpc_address.as_str())];
+    let result = BootstrapResult {
+        version: i32::try_from(TASK_API_VERSION).unwrap_or(i32::MAX),
+        address: find_or_start(&told, &environment)?,
+        protocol: "ttrpc".into(),
+        ..BootstrapResult::default()
+    };
+    Ok(result.write_to_bytes()?)
+}
+
+fn find_or_start(invocation: &Invocation, environment: &[(&str, &str)]) -> Result<String, ActionError> {
+    let subject = Subject::of(invocation)?;
+    let (pod, first) = subject.pod()?;
+    let socket = socket_path(Path::new(SOCKETS), &invocation.address, &subject.namespace, &pod);
+    let address = format!("unix://{}", socket.display());
+    if UnixStream::connect(&socket).is_ok() {
+        return Ok(address);
+    }
+    if !first {
+        return Err(ActionError::PodGone(pod));
+    }
+    let listener = listen(&socket)?;
+    match spawn(invocation, &subject, &socket, listener, environment) {
+        Ok(()) => Ok(address),
+        Err(error) => {
+            // Nobody will listen there.
+            let _ = fs::remove_file(&socket);
+            Err(error)
+        }
+    }
+}
+
+/// Listens where nobody does. A socket that is there is a dead shim's.
+fn listen(socket: &Path) -> Result<UnixListener, ActionError> {
+    let directory = socket.parent().unwrap_or(Path::new(SOCKETS));
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(directory)
+        .map_err(io_error(format!("make {directory:?}")))?;
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        result => result.map_err(io_error(format!("remove {socket:?}")))?,
+    }
+    let listener = UnixListener::bind(socket).map_err(io_error(format!("listen at {socket:?}")))?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))
+        .map_err(io_error(format!("protect {socket:?}")))?;
+    Ok(listener)
+}
+
+/// Starts the shim itself. It outlives this process, and containerd.
+fn spawn(
+    invocation: &Invocation,
+    subject: &Subject,
+    socket: &Path,
+    listener: UnixListener,
+    environment: &[(&str, &str)],
+) -> Result<(), ActionError> {
+    let this = std::env::current_exe().map_err(io_error("find this program"))?;
+    let mut command = Command::new(this);
+    command.args(["-namespace", subject.namespace.as_str(), "-id", subject.id.as_str()]);
+    command.args(["-address", &invocation.address]).arg("-socket").arg(socket);
+    if invocation.debug {
+        command.arg("-debug");
+    }
+    command.envs(environment.iter().copied()).current_dir(&subject.bundle);
+    command.stdin(Stdio::from(OwnedFd::from(listener))).stdout(Stdio::null()).stderr(Stdio::null());
+    // Signals that end containerd's group are not for it.
+    command.process_group(0);
+    let child = command.spawn().map_err(io_error("start the shim"))?;
+    // Which containerds before 1.7 look for, and people.
+    for (name, text) in
+        [("address", format!("unix://{}", socket.display())), ("shim.pid", child.id().to_string())]
+    {
+        let path: PathBuf = subject.bundle.join(name);
+        fs::write(&path, text).map_err(io_error(format!("write {path:?}")))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! The shim's log: lines for containerd's fifo, each with the pod's ids.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::id::Id;
+
+/// The fifo in the bundle, which containerd reads.
+const FIFO: &str = "log";
+
+/// Logs to the fifo in the working directory from here on; without one, nowhere.
+///
+/// Nobody waits for containerd: while it does not read, the fifo holds 64 KiB, and what comes then is lost. The fifo is
+/// open for reading, too, so that it stays whole while containerd restarts.
+pub fn to_containerd(namespace: &Id, pod: &Id, debug: bool) {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
+    let Ok(fifo) = options.open(FIFO) else { return };
+    let log = Log { fifo: Arc::new(fifo), ids: format!("namespace={namespace} pod={pod} ").into() };
+    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(log)
+        .finish();
+    // Set once, here.
+    let _ = tracing::subscriber::set_global_default(subscriber);
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim broke")));
+}
+
+#[derive(Clone, Debug)]
+struct Log {
+    fifo: Arc<File>,
+    ids: Arc<str>,
+}
+
+/// A line in the making.
+struct Line<'a> {
+    log: &'a Log,
+    text: Vec<u8>,
+}
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line { log: self, text: self.ids.as_bytes().to_vec() }
+    }
+}
+
+impl Write for Line<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Line<'_> {
+    fn drop(&mut self) {
+        // A fifo that is full loses the line; up to a page (PIPE_BUF, pipe(7)) it is lost as a whole.
+        let _ = (&*self.log.fifo).write(&self.text);
+    }
+}

@@ -1,0 +1,267 @@
+//! A pod's machine: the jailed VMM and the agent in it.
+//!
+//! | module | does |
+//! |---|---|
+//! | `vmm` | starts the VMM's process in its jail, and tells it what to boot |
+//! | `console` | the guest's console, and what the VMM says: kept for errors, logged for those who look |
+//!
+//! The machine's end is seen at once, by the process's descriptor (pidfd_open(2)), whatever brought it about.
+
+mod console;
+mod vmm;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use caisson_protocol::client::{Client, ClientError, with_deadline};
+use caisson_protocol::connect::UnixVsock;
+use caisson_protocol::v1;
+use caisson_vmm::control;
+use rustix::process::Signal;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+
+use self::console::Console;
+use crate::config;
+use crate::journal::{Journal, JournalError};
+use crate::sizing::Size;
+
+/// How long a guest may take until its agent answers.
+const BOOT: Duration = Duration::from_secs(60);
+/// Between two looks whether the agent listens.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// How long an orderly end may take before the VMM is killed.
+const SHUTDOWN: Duration = Duration::from_secs(10);
+/// How long a killed VMM may take to go.
+const GONE: Duration = Duration::from_secs(10);
+/// The tag of the pod's share.
+pub const SHARE_TAG: &str = "share";
+
+/// What a machine is made from.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// The programs to use.
+    pub programs: &'a config::Machine,
+    /// Its size.
+    pub size: Size,
+    /// The directory that it shares, on a mount with shared propagation.
+    pub share: PathBuf,
+    /// The pod's directory: absolute, for what lasts.
+    pub directory: &'a Path,
+    /// The path of the socket to reach the guest by, within this process.
+    pub socket: PathBuf,
+    /// The same by its absolute path, for the record.
+    pub socket_record: PathBuf,
+}
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Something on the host.
+    #[error("{action}")]
+    Host {
+        /// What was tried.
+        action: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// The record can't be kept.
+    #[error("keep the pod's record")]
+    Journal(#[from] JournalError),
+    /// The VMM refused.
+    #[error("the VMM; it said: {said}")]
+    Vmm {
+        /// Why.
+        source: control::client::ClientError,
+        /// The last lines of its log and the guest's console.
+        said: String,
+    },
+    /// The VMM ended before the agent answered.
+    #[error("the VMM ended ({status}) while the guest booted; it said: {said}")]
+    Ended {
+        /// How.
+        status: String,
+        /// The last lines of its log and the guest's console.
+        said: String,
+    },
+    /// The agent did not answer in time.
+    #[error("the guest's agent does not answer after {} s; the guest said: {said}", BOOT.as_secs())]
+    Silent {
+        /// The last attempt.
+        source: ClientError,
+        /// The last lines of its log and the guest's console.
+        said: String,
+    },
+}
+
+fn host(action: impl Into<String>) -> impl FnOnce(std::io::Error) -> MachineError {
+    let action = action.into();
+    move |source| MachineError::Host { action, source }
+}
+
+/// A machine that runs. Dropping it kills it.
+#[derive(Debug)]
+pub struct Machine {
+    pid: u32,
+    pidfd: OwnedFd,
+    /// Held for the machine's life: a VMM without it would have nobody to take orders from.
+    control: Arc<Mutex<Control>>,
+    agent: Client<UnixVsock>,
+    ended: watch::Receiver<Option<ExitStatus>>,
+    console: Console,
+}
+
+/// Without `Debug` of its own.
+struct Control(control::Client);
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Control")
+    }
+}
+
+impl Machine {
+    /// Starts a VMM, boots a guest in it and waits for its agent.
+    ///
+    /// # Errors
+    /// When any of it fails. What was made is in the record by then; the process is killed.
+    pub async fn boot(plan: Plan<'_>, journal: &mut Journal) -> Result<Machine, MachineError> {
+        let console = Console::default();
+        let vmm::Started { mut child, pid, pidfd, mut client, listener } =
+            vmm::start(&plan, journal, &console)?;
+        let (tell, ended) = watch::channel(None);
+        tokio::spawn(async move {
+            // Waiting for one's own child fails for no reason that could be acted on.
+            if let Ok(status) = child.wait().await {
+                tell.send_replace(Some(status));
+            }
+        });
+        let guard = KillOnDrop(&pidfd);
+        let (config, files) = vmm::machine(&plan, listener, &console)?;
+        let created = tokio::task::spawn_blocking(move || {
+            let descriptors: Vec<_> = files.iter().map(std::os::fd::AsFd::as_fd).collect();
+            let result = client.create(config, &descriptors).and_then(|()| client.boot());
+            (client, result)
+        });
+        let (client, result) =
+            created.await.map_err(|error| host("drive the VMM")(std::io::Error::other(error)))?;
+        if let Err(source) = result {
+            return Err(MachineError::Vmm { source, said: console.tail().await });
+        }
+        let agent = find_agent(&plan.socket, ended.clone(), &console).await?;
+        std::mem::forget(guard);
+        let control = Arc::new(Mutex::new(Control(client)));
+        Ok(Machine { pid, pidfd, control, agent, ended, console })
+    }
+
+    /// The VMM's process: the one of the pod's processes that the host knows.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// A client of the agent.
+    pub fn agent(&self) -> &Client<UnixVsock> {
+        &self.agent
+    }
+
+    /// Has the VMM do something, on a thread that may wait for it.
+    ///
+    /// # Errors
+    /// The VMM's own.
+    pub async fn control<T: Send + 'static>(
+        &self,
+        order: impl FnOnce(&mut control::Client) -> Result<T, control::client::ClientError> + Send + 'static,
+    ) -> Result<T, MachineError> {
+        let control = self.control.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            order(&mut control.lock().unwrap_or_else(PoisonError::into_inner).0)
+        });
+        let result = done.await.map_err(|error| host("drive the VMM")(std::io::Error::other(error)))?;
+        match result {
+            Ok(value) => Ok(value),
+            Err(source) => Err(MachineError::Vmm { source, said: self.console.tail().await }),
+        }
+    }
+
+    /// Returns once the machine has ended, for whatever reason.
+    pub async fn ended(&self) {
+        // The other end goes only after it has told.
+        let _ = self.ended.clone().wait_for(Option::is_some).await;
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended.borrow().is_some()
+    }
+
+    /// Ends it now.
+    pub fn kill(&self) {
+        kill(&self.pidfd);
+    }
+
+    /// Ends it in order: the guest writes out what it holds. One that takes too long is killed.
+    pub async fn stop(&self) {
+        if self.has_ended() {
+            return;
+        }
+        let request = with_deadline(v1::ShutdownRequest { grace_ms: 0, reboot: false }, SHUTDOWN);
+        let asked = self.agent.sandbox().shutdown(request).await;
+        if let Err(error) = &asked {
+            tracing::warn!(error = error.message(), "the guest can't be shut down in order");
+        }
+        if asked.is_err() || timeout(SHUTDOWN, self.ended()).await.is_err() {
+            self.kill();
+            if timeout(GONE, self.ended()).await.is_err() {
+                tracing::error!(pid = self.pid, "the VMM survives SIGKILL");
+            }
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn kill(pidfd: &OwnedFd) {
+    // The only failure left is that it has ended.
+    let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+}
+
+struct KillOnDrop<'a>(&'a OwnedFd);
+
+impl Drop for KillOnDrop<'_> {
+    fn drop(&mut self) {
+        kill(self.0);
+    }
+}
+
+async fn find_agent(
+    socket: &Path,
+    ended: watch::Receiver<Option<ExitStatus>>,
+    console: &Console,
+) -> Result<Client<UnixVsock>, MachineError> {
+    let deadline = Instant::now() + BOOT;
+    loop {
+        let mut watched = ended.clone();
+        let end = async { watched.wait_for(Option::is_some).await.ok().and_then(|status| *status) };
+        let attempt = tokio::select! {
+            attempt = Client::connect(UnixVsock::new(socket)) => attempt,
+            status = end => {
+                let status = status.map_or_else(String::new, |status| status.to_string());
+                return Err(MachineError::Ended { status, said: console.tail().await });
+            }
+        };
+        match attempt {
+            Ok(agent) => return Ok(agent),
+            Err(source) if Instant::now() > deadline => {
+                return Err(MachineError::Silent { source, said: console.tail().await });
+            }
+            Err(_) => sleep(LOOK_AGAIN).await,
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! The VMM's process, and the description of the machine that it is given.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::process::Stdio;
+use std::time::Duration;
+
+use caisson_vmm::config::{
+    ConsoleConfig, CpuConfig, DeviceConfig, FileSource, FsDevice, KernelConfig, MachineConfig, MemoryConfig,
+    VsockDevice,
+};
+use caisson_vmm::control;
+use caisson_vmm::devices::fs::FsConfig;
+use caisson_vmm::devices::vsock::VsockConfig;
+use caisson_vmm::jail::JailConfig;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::process::{Pid, PidfdFlags};
+use tokio::process::{Child, Command};
+
+use super::console::{Console, Speaker};
+use super::{MachineError, Plan, SHARE_TAG, host};
+use crate::journal::{Journal, ProcessId, Resource};
+
+/// How long the VMM may take for one answer.
+const ANSWER: Duration = Duration::from_secs(30);
+/// Slots for devices: those from the start, and what is plugged later.
+const SLOTS: u8 = 16;
+/// The guest's context id. Each machine has a socket device of its own, so all may have the same.
+const GUEST_CID: u32 = 3;
+
+/// A process in its jail, without a machine yet.
+pub(super) struct Started {
+    pub(super) child: Child,
+    pub(super) pid: u32,
+    pub(super) pidfd: OwnedFd,
+    pub(super) client: control::Client,
+    pub(super) listener: UnixListener,
+}
+
+/// Starts the process. It waits for orders on a socket whose other end is here: should this process die before the
+/// other one is in the record, it ends by itself.
+pub(super) fn start(
+    plan: &Plan<'_>,
+    journal: &mut Journal,
+    console: &Console,
+) -> Result<Started, MachineError> {
+    journal.record(Resource::File(plan.socket_record.clone()))?;
+    let listener = UnixListener::bind(&plan.socket).map_err(host("listen for the guest"))?;
+    let jail = plan.directory.join("jail.toml");
+    journal.record(Resource::File(jail.clone()))?;
+    fs::write(&jail, jail_file(plan)?).map_err(host("describe the jail"))?;
+
+    let (ours, theirs) =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(|errno| host("make a control socket")(errno.into()))?;
+    sockopt::set_socket_timeout(&ours, sockopt::Timeout::Recv, Some(ANSWER))
+        .map_err(|errno| host("bound the control socket")(errno.into()))?;
+    let log = console.writer(Speaker::Vmm).map_err(host("make a pipe"))?;
+    let mut command = Command::new(&plan.programs.vmm);
+    command.args(["--control-fd", "0", "--log-level", "warn", "--jail"]).arg(&jail).env_clear();
+    command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).stderr(Stdio::from(log));
+    // Signals to the shim's group are not for it.
+    command.process_group(0).kill_on_drop(true);
+    let child = command.spawn().map_err(host(format!("start {:?}", plan.programs.vmm)))?;
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
+    let pid = pid.ok_or_else(|| host("start the VMM")(std::io::Error::other("it ended at once")))?;
+    let process = ProcessId::of(pid).map_err(host("look at the VMM's process"))?;
+    journal.record(Resource::Process(process))?;
+    let pidfd = Pid::from_raw(pid)
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
+        .map_err(|errno| host("watch the VMM's process")(errno.into()))?;
+    let client = control::Client::new(ours);
+    Ok(Started { child, pid: pid.unsigned_abs(), pidfd, client, listener })
+}
+
+fn jail_file(plan: &Plan<'_>) -> Result<String, MachineError> {
+    let config =
+        JailConfig { share: Some(plan.share.clone()), user_namespace: false, ..JailConfig::default() };
+    toml::to_string(&config).map_err(|error| host("describe the jail")(std::io::Error::other(error)))
+}
+
+/// What the VMM is told to make, and the files that this names by their number.
+pub(super) fn machine(
+    plan: &Plan<'_>,
+    listener: UnixListener,
+    console: &Console,
+) -> Result<(MachineConfig, Vec<OwnedFd>), MachineError> {
+    let open = |path: &std::path::Path| fs::File::open(path).map_err(host(format!("open {path:?}")));
+    let output = console.writer(Speaker::Guest).map_err(host("make a pipe"))?;
+    let files = vec![
+        output,
+        open(&plan.programs.kernel)?.into(),
+        open(&plan.programs.initramfs)?.into(),
+        listener.into(),
+    ];
+    let vsock = VsockDevice {
+        socket: FileSource::Descriptor(3),
+        dialer: None,
+        dialer_ports: Vec::new(),
+        options: VsockConfig { guest_cid: GUEST_CID },
+    };
+    let share = FsConfig { tag: SHARE_TAG.into(), ..FsConfig::default() };
+    let vcpus = plan.size.vcpus;
+    let config = MachineConfig {
+        kernel: KernelConfig {
+            image: FileSource::Descriptor(1),
+            initramfs: Some(FileSource::Descriptor(2)),
+            command_line: "console=ttyS0 quiet".into(),
+            protocol: Default::default(),
+        },
+        memory: MemoryConfig {
+            size_mib: plan.size.memory_mib,
+            hotplug_mib: 0,
+            backing: Default::default(),
+            huge_pages: Default::default(),
+        },
+        cpus: CpuConfig { boot: vcpus, max: vcpus },
+        console: ConsoleConfig { output: Some(FileSource::Descriptor(0)), ..ConsoleConfig::default() },
+        slots: SLOTS,
+        control: Default::default(),
+        devices: vec![
+            DeviceConfig::Rng(Default::default()),
+            DeviceConfig::Vsock(vsock),
+            DeviceConfig::Fs(FsDevice { directory: None, options: share }),
+        ],
+    };
+    Ok((config, files))
+}

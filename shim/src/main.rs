@@ -1,0 +1,35 @@
+//! `containerd-shim-caisson-v2`: what containerd runs for a container of the runtime `io.containerd.caisson.v2`.
+//!
+//! Everything is in the library; here is what each call of the binary leads to.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use caisson_shim::action::{self, delete, info, serve, start};
+use caisson_shim::invocation::{Action, Invocation};
+
+fn main() -> ExitCode {
+    let invocation = match Invocation::parse_from_go(std::env::args_os()) {
+        Ok(invocation) => invocation,
+        Err(error) => error.exit(),
+    };
+    let answered = match invocation.action {
+        _ if invocation.version => Ok(info::version().into_bytes()),
+        _ if invocation.info => info::description(),
+        Some(Action::Start) => start::run(&invocation),
+        Some(Action::Delete) => delete::run(&invocation),
+        None => serve::run(&invocation).map(|()| Vec::new()),
+    };
+    let printed = answered.and_then(|answer| {
+        let mut stdout = io::stdout().lock();
+        Ok(stdout.write_all(&answer).and_then(|()| stdout.flush())?)
+    });
+    match printed {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // containerd reads this together with standard output, and shows it as the reason.
+            eprintln!("containerd-shim-caisson-v2: {}", action::one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

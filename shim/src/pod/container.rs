@@ -1,0 +1,437 @@
+//! A container of a pod, and what containerd can ask of it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use caisson_protocol::client::{call, with_deadline};
+use caisson_protocol::v1;
+use serde_json::Value;
+use tonic::Code;
+
+use super::error::PodError;
+use super::process::{Exit, Process, Status};
+use super::sandbox::Sandbox;
+use super::spec::{self, Place};
+use crate::id::Id;
+use crate::share::Mount;
+use crate::streams::{Stdio, Streams};
+
+/// How long the agent may take to make or remove a container.
+const LONG: Duration = Duration::from_secs(120);
+/// How long a machine whose agent does not answer any more may take to end before it is killed.
+const AGENT_GONE: Duration = Duration::from_secs(5);
+
+/// What a container is made from.
+#[derive(Clone, Debug, Default)]
+pub struct NewContainer {
+    /// Its id.
+    pub id: String,
+    /// The directory with its `config.json`.
+    pub bundle: PathBuf,
+    /// What its root file system is mounted from; none when the bundle has it.
+    pub rootfs: Vec<Mount>,
+    /// Its streams.
+    pub stdio: Stdio,
+}
+
+/// What a process that is added to a container is made from.
+#[derive(Clone, Debug, Default)]
+pub struct NewExec {
+    /// Its id among the container's.
+    pub id: String,
+    /// The OCI specification's `process`, in JSON.
+    pub process: Vec<u8>,
+    /// Its streams.
+    pub stdio: Stdio,
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    bundle: String,
+    sandbox: Arc<Sandbox>,
+    /// The one of its share; the pause container has none.
+    share: Option<Id>,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Exec>>,
+    paused: AtomicBool,
+}
+
+#[derive(Clone, Debug)]
+struct Exec {
+    process: Arc<Process>,
+    spec: Arc<[u8]>,
+}
+
+/// Reads a bundle's `config.json`.
+///
+/// # Errors
+/// As read(2).
+pub fn read_spec(bundle: &Path) -> Result<Vec<u8>, PodError> {
+    let path = bundle.join("config.json");
+    fs::read(&path).map_err(|source| PodError::Io { action: "read", path, source })
+}
+
+impl Container {
+    /// The pause container of a sandbox, which needs nothing made.
+    pub fn pause(new: NewContainer, sandbox: Arc<Sandbox>) -> Container {
+        Container {
+            init: Arc::new(Process::new(&new.id, "", new.stdio)),
+            bundle: new.bundle.to_string_lossy().into_owned(),
+            id: new.id,
+            sandbox,
+            share: None,
+            execs: Mutex::default(),
+            paused: AtomicBool::new(false),
+        }
+    }
+
+    /// Shares its files, makes it in the guest up to the point where its process waits to be started, and connects its
+    /// streams.
+    ///
+    /// # Errors
+    /// When any of it fails; nothing of it is left then.
+    pub async fn create(
+        new: NewContainer,
+        id: Id,
+        text: &[u8],
+        member: bool,
+        sandbox: Arc<Sandbox>,
+    ) -> Result<Container, PodError> {
+        let init = Arc::new(Process::new(&new.id, "", new.stdio.clone()));
+        let container = Container {
+            init,
+            bundle: new.bundle.to_string_lossy().into_owned(),
+            id: new.id.clone(),
+            sandbox,
+            share: Some(id.clone()),
+            execs: Mutex::default(),
+            paused: AtomicBool::new(false),
+        };
+        let made = container.make(new, id, text, member).await;
+        if made.is_err()
+            && let Err(error) = container.remove().await
+        {
+            tracing::error!(container = container.id, error = error.one_line(), "undo a container's making");
+        }
+        made.map(|()| container)
+    }
+
+    async fn make(&self, new: NewContainer, id: Id, text: &[u8], member: bool) -> Result<(), PodError> {
+        let directory = self.sandbox.guest_path(id.as_str());
+        let (root, shm) = (format!("{directory}/rootfs"), self.sandbox.guest_shm());
+        let place = Place { member, root: &root, binds: &directory, shm: &shm, names: self.sandbox.names() };
+        let guest = spec::container(text, &place)?;
+        let rootfs = if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, text)?] } else { new.rootfs };
+        let binds = guest.binds;
+        self.sandbox
+            .with_share(move |share, journal| {
+                share.add_rootfs(journal, &id, &rootfs)?;
+                for bind in &binds {
+                    share.add_volume(journal, &id, bind.index, &bind.volume)?;
+                }
+                Ok(())
+            })
+            .await?;
+        let request = v1::CreateContainerRequest {
+            id: new.id,
+            spec: guest.json,
+            rootfs_storage: String::new(),
+            storages: Vec::new(),
+            streams: Some(new.stdio.selection()),
+        };
+        let made = self.sandbox.containers().create_container(with_deadline(request, LONG)).await?;
+        self.attach(&self.init, made.into_inner().streams).await
+    }
+
+    async fn attach(&self, process: &Process, ids: Option<v1::StreamIds>) -> Result<(), PodError> {
+        let ids = ids.unwrap_or_default();
+        let streams = Streams::connect(self.sandbox.machine().agent(), &ids, &process.stdio).await?;
+        process.attach(streams).await;
+        Ok(())
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The directory of its bundle.
+    pub fn bundle(&self) -> &str {
+        &self.bundle
+    }
+
+    /// What it shares with the pod's others.
+    pub fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
+    }
+
+    /// Its own process.
+    pub fn init(&self) -> &Arc<Process> {
+        &self.init
+    }
+
+    /// Whether it is the sandbox's, which never runs.
+    pub fn is_pause(&self) -> bool {
+        self.share.is_none()
+    }
+
+    /// Whether it is paused.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// One of its processes; its own with an empty `exec`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn process(&self, exec: &str) -> Result<Arc<Process>, PodError> {
+        if exec.is_empty() {
+            return Ok(self.init.clone());
+        }
+        let found = self.execs().get(exec).map(|exec| exec.process.clone());
+        found.ok_or_else(|| PodError::NotFound(format!("process {exec} of container {}", self.id)))
+    }
+
+    /// Its processes whose ends are waited for.
+    pub fn followed(&self) -> Vec<Arc<Process>> {
+        let running = |exec: &Exec| exec.process.status() != Status::Created;
+        let execs = self.execs();
+        let execs = execs.values().filter(|exec| running(exec)).map(|exec| exec.process.clone());
+        std::iter::once(self.init.clone()).chain(execs).collect()
+    }
+
+    /// Adds a process, to be started later.
+    ///
+    /// # Errors
+    /// When the id is taken, or this is a container that never runs.
+    pub fn add_exec(&self, new: NewExec) -> Result<(), PodError> {
+        self.runs_something()?;
+        let mut process: Value = serde_json::from_slice(&new.process)
+            .map_err(|error| PodError::Invalid(format!("the process: {error}")))?;
+        if let Some(process) = process.as_object_mut() {
+            spec::process(process);
+        }
+        let spec = process.to_string().into_bytes().into();
+        let process = Arc::new(Process::new(&self.id, &new.id, new.stdio));
+        let mut execs = self.execs();
+        if execs.contains_key(&new.id) {
+            return Err(PodError::Exists(format!("process {} of container {}", new.id, self.id)));
+        }
+        execs.insert(new.id, Exec { process, spec });
+        Ok(())
+    }
+
+    /// Lets its own process run, or makes one that was added.
+    ///
+    /// # Errors
+    /// The agent's own, or when the streams can't be connected.
+    pub async fn start(&self, process: &Process) -> Result<(), PodError> {
+        if self.is_pause() {
+            return Ok(());
+        }
+        if process.exec.is_empty() {
+            let request = v1::StartContainerRequest { container_id: self.id.clone() };
+            self.sandbox.containers().start_container(with_deadline(request, LONG)).await?;
+            return Ok(());
+        }
+        let spec = self.execs().get(&process.exec).map(|exec| exec.spec.clone());
+        let request = v1::ExecRequest {
+            container_id: self.id.clone(),
+            exec_id: process.exec.clone(),
+            process: spec.map(|spec| spec.to_vec()).unwrap_or_default(),
+            streams: Some(process.stdio.selection()),
+        };
+        let made = self.sandbox.containers().exec(with_deadline(request, LONG)).await?;
+        let attached = self.attach(process, made.into_inner().streams).await;
+        if attached.is_err() {
+            self.kill_exec(&process.exec).await;
+        }
+        attached
+    }
+
+    /// How a process ends: waits until it has.
+    pub async fn outcome(&self, process: &Process) -> Exit {
+        let machine = self.sandbox.machine();
+        if self.is_pause() {
+            machine.ended().await;
+            return Exit::killed();
+        }
+        let request = v1::WaitRequest { container_id: self.id.clone(), exec_id: process.exec.clone() };
+        let mut containers = self.sandbox.containers();
+        let waited = tokio::select! {
+            waited = containers.wait(request) => waited,
+            () = machine.ended() => return Exit::killed(),
+        };
+        let error = match waited {
+            Ok(reply) => {
+                let status = reply.into_inner().status.unwrap_or_default();
+                if !status.output_complete {
+                    tracing::warn!(container = self.id, exec = process.exec, "output was not taken in time");
+                }
+                return Exit { code: status.code, at: SystemTime::now() };
+            }
+            Err(error) => error,
+        };
+        if error.code() != Code::NotFound {
+            // A guest whose agent is gone can't be talked to any more: it is about to end, or is made to.
+            if tokio::time::timeout(AGENT_GONE, machine.ended()).await.is_err() {
+                tracing::error!(
+                    error = error.message(),
+                    "the agent does not answer any more: ending the machine"
+                );
+                machine.kill();
+            }
+        }
+        Exit::killed()
+    }
+
+    /// Signals a process, or all.
+    ///
+    /// # Errors
+    /// When it has ended, and the agent's own.
+    pub async fn signal(&self, exec: &str, signal: u32, all: bool) -> Result<(), PodError> {
+        if self.is_pause() {
+            // There is no process to choose its answer: whatever ends others ends the pod.
+            let sandbox = self.sandbox.clone();
+            tokio::spawn(async move { sandbox.machine().stop().await });
+            return Ok(());
+        }
+        let request =
+            v1::SignalRequest { container_id: self.id.clone(), exec_id: exec.to_owned(), signal, all };
+        self.sandbox.containers().signal(call(request)).await?;
+        Ok(())
+    }
+
+    /// Stops its processes from running, or lets them go on.
+    ///
+    /// # Errors
+    /// The agent's own.
+    pub async fn set_paused(&self, paused: bool) -> Result<(), PodError> {
+        self.runs_something()?;
+        let container_id = self.id.clone();
+        let mut containers = self.sandbox.containers();
+        if paused {
+            containers.pause_container(call(v1::PauseContainerRequest { container_id })).await?;
+        } else {
+            containers.resume_container(call(v1::ResumeContainerRequest { container_id })).await?;
+        }
+        self.paused.store(paused, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Sets the size of a process's terminal.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub async fn resize(&self, exec: &str, width: u32, height: u32) -> Result<(), PodError> {
+        self.process(exec)?;
+        let request = v1::ResizeTerminalRequest {
+            container_id: self.id.clone(),
+            exec_id: exec.to_owned(),
+            width,
+            height,
+        };
+        self.runs_something()?;
+        self.sandbox.containers().resize_terminal(call(request)).await?;
+        Ok(())
+    }
+
+    /// Sets its limits, as the OCI specification's `linux.resources` in JSON has them.
+    ///
+    /// # Errors
+    /// The agent's own.
+    pub async fn update(&self, resources: &[u8]) -> Result<(), PodError> {
+        if self.is_pause() {
+            return Ok(());
+        }
+        let mut resources: Value = serde_json::from_slice(resources)
+            .map_err(|error| PodError::Invalid(format!("resources: {error}")))?;
+        spec::resources(Some(&mut resources));
+        let request = v1::UpdateContainerRequest {
+            container_id: self.id.clone(),
+            resources: resources.to_string().into_bytes(),
+        };
+        self.sandbox.containers().update_container(call(request)).await?;
+        Ok(())
+    }
+
+    /// What it uses; nothing for the pause container.
+    ///
+    /// # Errors
+    /// The agent's own.
+    pub async fn stats(&self) -> Result<v1::StatsResponse, PodError> {
+        if self.is_pause() {
+            return Ok(v1::StatsResponse::default());
+        }
+        let request = v1::StatsRequest { container_id: self.id.clone() };
+        Ok(self.sandbox.containers().stats(call(request)).await?.into_inner())
+    }
+
+    /// Takes it out of the guest, and its files out of the share. None of it need be there.
+    ///
+    /// # Errors
+    /// When something remains.
+    pub async fn remove(&self) -> Result<(), PodError> {
+        let Some(id) = self.share.clone() else { return Ok(()) };
+        if !self.sandbox.machine().has_ended() {
+            let request = v1::RemoveContainerRequest { container_id: self.id.clone(), force: true };
+            match self.sandbox.containers().remove_container(with_deadline(request, LONG)).await {
+                Err(status) if status.code() == Code::NotFound => {}
+                // With the machine gone, so is the container.
+                Err(_) if self.sandbox.machine().has_ended() => {}
+                result => {
+                    result?;
+                }
+            }
+        }
+        self.sandbox.with_share(move |share, journal| Ok(share.remove(journal, &id)?)).await
+    }
+
+    /// Forgets a process that has ended or was never started.
+    pub async fn remove_exec(&self, exec: &str) {
+        let removed = self.execs().remove(exec);
+        if removed.is_some_and(|exec| exec.process.status() != Status::Created) {
+            let request = v1::DeleteExecRequest { container_id: self.id.clone(), exec_id: exec.to_owned() };
+            // The container may be gone by now, or the machine.
+            let _ = self.sandbox.containers().delete_exec(call(request)).await;
+        }
+    }
+
+    async fn kill_exec(&self, exec: &str) {
+        let container_id = self.id.clone();
+        let request = v1::SignalRequest { container_id, exec_id: exec.to_owned(), signal: 9, all: false };
+        // It may have ended by itself.
+        let _ = self.sandbox.containers().signal(call(request)).await;
+    }
+
+    fn runs_something(&self) -> Result<(), PodError> {
+        if self.is_pause() {
+            let why = format!("{}: the sandbox's container is answered for and runs no process", self.id);
+            return Err(PodError::Unimplemented(why));
+        }
+        Ok(())
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The root file system of a bundle that was not given mounts: the directory that `root.path` names, absolute or in
+/// the bundle.
+fn bundled_root(bundle: &Path, text: &[u8]) -> Result<Mount, PodError> {
+    let spec: Value = serde_json::from_slice(text).map_err(spec::SpecError::from)?;
+    let path = spec.pointer("/root/path").and_then(Value::as_str).unwrap_or("rootfs");
+    Ok(Mount {
+        kind: "bind".into(),
+        source: bundle.join(path).to_string_lossy().into_owned(),
+        target: String::new(),
+        options: vec!["rbind".into(), "rw".into()],
+    })
+}

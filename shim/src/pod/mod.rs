@@ -1,0 +1,340 @@
+//! A pod: one machine, and the containers in it.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`sandbox`] | what is made for the pod as a whole, and its end |
+//! | [`container`] | a container: its files, its configuration, its verbs |
+//! | [`process`] | the life of a process as containerd sees it |
+//! | [`spec`] | the configuration of a container, rewritten for the guest |
+//! | [`error`] | why something was not done |
+//!
+//! The pause container of a sandbox is answered for and never run: its process "runs" for as long as the machine does,
+//! and to kill it is to end the machine. A plain container is a pod of its own.
+
+pub mod container;
+pub mod error;
+pub mod process;
+pub mod sandbox;
+pub mod spec;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::watch;
+
+use self::container::{Container, NewContainer};
+pub use self::error::PodError;
+use self::process::{Exit, Process, Status};
+use self::sandbox::Sandbox;
+use crate::bundle::{Role, Spec};
+use crate::config::Config;
+use crate::events::{Event, Events};
+use crate::id::Id;
+
+/// What a pod is known by and made with.
+#[derive(Debug)]
+pub struct Settings {
+    /// containerd's namespace.
+    pub namespace: Id,
+    /// The id of the pod's sandbox, or of its only container.
+    pub id: Id,
+    /// Where pods have their directories.
+    pub root: PathBuf,
+    /// The node's configuration.
+    pub config: Config,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod {
+    settings: Settings,
+    events: Events,
+    /// Held while the machine comes or goes.
+    sandbox: tokio::sync::Mutex<Option<Arc<Sandbox>>>,
+    containers: Mutex<HashMap<String, Entry>>,
+    /// Becomes true when the shim has nothing more to do.
+    finished: watch::Sender<bool>,
+}
+
+/// A container's id is taken while it is being made.
+#[derive(Clone, Debug)]
+enum Entry {
+    Making,
+    Ready(Arc<Container>),
+}
+
+impl Pod {
+    /// A pod that nothing was made for yet.
+    pub fn new(settings: Settings, events: Events) -> Pod {
+        Pod {
+            settings,
+            events,
+            sandbox: tokio::sync::Mutex::new(None),
+            containers: Mutex::default(),
+            finished: watch::Sender::new(false),
+        }
+    }
+
+    /// Makes a container; the pod's first one brings the machine.
+    ///
+    /// # Errors
+    /// When it can't be made; nothing of it is left then.
+    pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<u32, PodError> {
+        let id: Id = new.id.parse().map_err(|error| PodError::Invalid(format!("id: {error}")))?;
+        let role = Spec::read(&new.bundle)?.role()?;
+        let claim = Claim::new(self, &new.id)?;
+        let text = container::read_spec(&new.bundle)?;
+        let first = role != Role::Member(self.settings.id.clone());
+        let sandbox = if first {
+            if id != self.settings.id {
+                return Err(PodError::Invalid(format!("{id} does not belong to pod {}", self.settings.id)));
+            }
+            self.bring_up(&text).await?
+        } else {
+            self.sandbox().await?
+        };
+        let made = match role {
+            Role::Sandbox => Ok(Container::pause(new, sandbox.clone())),
+            Role::Alone | Role::Member(_) => Container::create(new, id, &text, !first, sandbox.clone()).await,
+        };
+        let container = match made {
+            Ok(container) => Arc::new(container),
+            Err(error) => {
+                if first {
+                    self.tear_down().await;
+                }
+                return Err(error);
+            }
+        };
+        let pid = sandbox.machine().pid();
+        self.events.emit(Event::Create {
+            container: container.id().to_owned(),
+            bundle: container.bundle().to_owned(),
+            stdio: container.init().stdio.clone(),
+            pid,
+        });
+        self.follow(&container, container.init().clone());
+        claim.keep(container);
+        Ok(pid)
+    }
+
+    /// Starts a container's own process, or with `exec` one that was added.
+    ///
+    /// # Errors
+    /// When it was started before, or can't be.
+    pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, PodError> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        let pid = container.sandbox().machine().pid();
+        let held = process.starting().await;
+        if process.status() != Status::Created {
+            return Err(PodError::State(format!("{id} {exec}: was started already")));
+        }
+        container.start(&process).await?;
+        process.started(&held);
+        let (container_id, exec_id) = (id.to_owned(), exec.to_owned());
+        self.events.emit(if exec.is_empty() {
+            Event::Start { container: container_id, pid }
+        } else {
+            Event::ExecStarted { container: container_id, exec: exec_id, pid }
+        });
+        drop(held);
+        if !exec.is_empty() {
+            self.follow(&container, process);
+        }
+        Ok(pid)
+    }
+
+    /// Adds a process to a container, to be started later.
+    ///
+    /// # Errors
+    /// When the id is taken, or the container is none that runs anything.
+    pub fn exec(&self, id: &str, exec: container::NewExec) -> Result<(), PodError> {
+        let container = self.container(id)?;
+        let name = exec.id.clone();
+        container.add_exec(exec)?;
+        self.events.emit(Event::ExecAdded { container: id.to_owned(), exec: name });
+        Ok(())
+    }
+
+    /// Forgets a process that has ended, and with a container's own one the container. With the pod's first container
+    /// the machine goes.
+    ///
+    /// # Errors
+    /// While it runs.
+    pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit), PodError> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        let pid = container.sandbox().machine().pid();
+        if exec.is_empty() {
+            if process.status() == Status::Running {
+                return Err(PodError::State(format!("{id}: is running")));
+            }
+            container.remove().await?;
+            // One that never ran has ended now; nobody is told of an end without a beginning.
+            let exit = process.exit().unwrap_or_else(Exit::killed);
+            self.lock().remove(id);
+            self.deleted(&process, pid, exit);
+            if id == self.settings.id.as_str() {
+                self.tear_down().await;
+            }
+            return Ok((pid, exit));
+        }
+        let exit = match process.status() {
+            Status::Running => return Err(PodError::State(format!("{id} {exec}: is running"))),
+            Status::Created => Exit::killed(),
+            Status::Stopped(exit) => exit,
+        };
+        container.remove_exec(exec).await;
+        Ok((pid, exit))
+    }
+
+    fn deleted(&self, process: &Process, pid: u32, exit: Exit) {
+        self.events.emit(Event::Delete {
+            container: process.container.clone(),
+            exec: process.exec.clone(),
+            pid,
+            status: exit.code,
+            at: exit.at,
+        });
+    }
+
+    /// Signals a process, or all of a container's.
+    ///
+    /// # Errors
+    /// When it has ended, and the agent's own.
+    pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), PodError> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        if process.exit().is_some() {
+            return Err(PodError::NotFound(format!("{id} {exec}: process already finished")));
+        }
+        container.signal(exec, signal, all).await
+    }
+
+    /// Stops a container's processes from running, or lets them go on.
+    ///
+    /// # Errors
+    /// The agent's own.
+    pub async fn set_paused(&self, id: &str, paused: bool) -> Result<(), PodError> {
+        self.container(id)?.set_paused(paused).await?;
+        let container = id.to_owned();
+        self.events.emit(if paused { Event::Paused { container } } else { Event::Resumed { container } });
+        Ok(())
+    }
+
+    /// A container.
+    ///
+    /// # Errors
+    /// When there is none, or it is still being made.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
+        match self.lock().get(id) {
+            Some(Entry::Ready(container)) => Ok(container.clone()),
+            _ => Err(PodError::NotFound(format!("container {id}"))),
+        }
+    }
+
+    /// containerd is done with a container. With nothing left, the shim's work is done, too.
+    pub async fn shutdown(&self, now: bool) {
+        if !now && !self.lock().is_empty() {
+            return;
+        }
+        self.tear_down().await;
+        self.finished.send_replace(true);
+    }
+
+    /// Returns once the shim has nothing more to do.
+    pub async fn finished(&self) {
+        // The sender is `self`'s.
+        let _ = self.finished.subscribe().wait_for(|finished| *finished).await;
+    }
+
+    async fn sandbox(&self) -> Result<Arc<Sandbox>, PodError> {
+        let sandbox = self.sandbox.lock().await.clone();
+        sandbox.ok_or_else(|| PodError::State(format!("pod {} is not up", self.settings.id)))
+    }
+
+    async fn bring_up(&self, text: &[u8]) -> Result<Arc<Sandbox>, PodError> {
+        let mut place = self.sandbox.lock().await;
+        if place.is_some() {
+            return Err(PodError::Exists(format!("pod {}", self.settings.id)));
+        }
+        let sandbox = Arc::new(Sandbox::create(&self.settings, text).await?);
+        sandbox.report_memory_shortage(self.events.clone());
+        *place = Some(sandbox.clone());
+        Ok(sandbox)
+    }
+
+    async fn tear_down(&self) {
+        let mut place = self.sandbox.lock().await;
+        if let Some(sandbox) = place.take()
+            && let Err(error) = sandbox.destroy().await
+        {
+            tracing::error!(error = error.one_line(), "something of the pod is left");
+        }
+    }
+
+    /// Waits for the end of a process in a task of its own.
+    fn follow(self: &Arc<Self>, container: &Arc<Container>, process: Arc<Process>) {
+        let (pod, container) = (self.clone(), container.clone());
+        tokio::spawn(async move {
+            let exit = container.outcome(&process).await;
+            if container.is_pause() {
+                // The sandbox is seen to end after what was in it.
+                for other in pod.followed_in_guest() {
+                    other.wait().await;
+                }
+            }
+            process.end(exit, container.sandbox().machine().pid(), &pod.events).await;
+        });
+    }
+
+    /// The processes whose ends are waited for, but the sandbox's own.
+    fn followed_in_guest(&self) -> Vec<Arc<Process>> {
+        let containers: Vec<_> = self
+            .lock()
+            .values()
+            .filter_map(|entry| match entry {
+                Entry::Ready(container) if !container.is_pause() => Some(container.clone()),
+                _ => None,
+            })
+            .collect();
+        containers.iter().flat_map(|container| container.followed()).collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An id that is taken for a container in the making, and free again if nothing comes of it.
+struct Claim<'a> {
+    pod: &'a Pod,
+    id: Option<String>,
+}
+
+impl<'a> Claim<'a> {
+    fn new(pod: &'a Pod, id: &str) -> Result<Claim<'a>, PodError> {
+        let mut containers = pod.lock();
+        if containers.contains_key(id) {
+            return Err(PodError::Exists(format!("container {id}")));
+        }
+        containers.insert(id.to_owned(), Entry::Making);
+        Ok(Claim { pod, id: Some(id.to_owned()) })
+    }
+
+    fn keep(mut self, container: Arc<Container>) {
+        if let Some(id) = self.id.take() {
+            self.pod.lock().insert(id, Entry::Ready(container));
+        }
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id.take() {
+            self.pod.lock().remove(&id);
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! What is made for a pod as a whole: its directory and record, its share, its machine, the sandbox in the guest.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use caisson_protocol::client::with_deadline;
+use caisson_protocol::limits::MAX_MESSAGE;
+use caisson_protocol::v1::{self, containers_client::ContainersClient};
+use tonic::transport::Channel;
+
+use super::error::PodError;
+use super::{Settings, spec};
+use crate::bundle::Spec;
+use crate::directory::PodDirectory;
+use crate::events::{Event, Events};
+use crate::journal::{Journal, ProcessId, Resource};
+use crate::machine::{Machine, Plan, SHARE_TAG};
+use crate::share::{Owners, Share};
+
+/// In the pod's directory: the process that owns it, for whoever has to end that.
+pub const OWNER: &str = "shim";
+/// The storage in the guest that is the share.
+const SHARE: &str = "share";
+/// The storage in the guest that is the pod's shared memory.
+const SHM: &str = "shm";
+/// Its size in bytes: what containerd gives the sandboxes of other runtimes.
+const SHM_SIZE: u64 = 64 << 20;
+const SHM_MODE: u32 = 0o1777;
+/// How long the agent may take to make the pod.
+const CREATE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// A pod that is up.
+#[derive(Debug)]
+pub struct Sandbox {
+    machine: Machine,
+    share: Arc<Share>,
+    /// Taken at the end, when it is undone.
+    directory: Mutex<Option<PodDirectory>>,
+    journal: Arc<Mutex<Journal>>,
+    names: v1::CreateSandboxResponse,
+    /// Where the guest's agent has its storages.
+    storages: String,
+}
+
+impl Sandbox {
+    /// Makes all of it. `text` is the configuration of the pod's first container.
+    ///
+    /// # Errors
+    /// When any of it fails; nothing of it is left then.
+    pub async fn create(settings: &Settings, text: &[u8]) -> Result<Sandbox, PodError> {
+        let wanted = spec::sandbox(text)?;
+        let annotations = serde_json::from_slice::<Spec>(text).map_err(spec::SpecError::from)?.annotations;
+        let config = settings.config.clone().for_pod(&annotations)?;
+        let size = config.sizing.size(&annotations)?;
+        let (root, namespace, id) = (settings.root.clone(), settings.namespace.clone(), settings.id.clone());
+        let directory =
+            tokio::task::spawn_blocking(move || PodDirectory::create(&root, &namespace, &id)).await??;
+        let made = async {
+            let mut journal = directory.journal()?;
+            let path = directory.path().to_owned();
+            write_owner(&path, &mut journal)?;
+            let (share, mut journal) = tokio::task::spawn_blocking(move || {
+                let share = Share::make(&mut journal, &path, Owners::Host)?;
+                Ok::<_, PodError>((share, journal))
+            })
+            .await??;
+            let plan = Plan {
+                programs: &config.machine,
+                size,
+                share: share.path().to_owned(),
+                directory: directory.path(),
+                socket: directory.short_path("vsock"),
+                socket_record: directory.path().join("vsock"),
+            };
+            let machine = Machine::boot(plan, &mut journal).await?;
+            let request = with_deadline(request(settings, wanted, size.vcpus), CREATE);
+            let names = match machine.agent().sandbox().create_sandbox(request).await {
+                Ok(names) => names.into_inner(),
+                Err(status) => {
+                    machine.kill();
+                    machine.ended().await;
+                    return Err(status.into());
+                }
+            };
+            Ok((machine, share, journal, names))
+        };
+        match made.await {
+            Ok((machine, share, journal, names)) => Ok(Sandbox {
+                storages: format!("{}/storage", machine.agent().version().root),
+                machine,
+                share: Arc::new(share),
+                directory: Mutex::new(Some(directory)),
+                journal: Arc::new(Mutex::new(journal)),
+                names,
+            }),
+            Err(error) => {
+                clean(directory).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The pod's namespaces in the guest.
+    pub fn names(&self) -> &v1::CreateSandboxResponse {
+        &self.names
+    }
+
+    /// A client for containers.
+    pub fn containers(&self) -> ContainersClient<Channel> {
+        self.machine.agent().containers().max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Where something in the share is in the guest.
+    pub fn guest_path(&self, relative: &str) -> String {
+        format!("{}/{SHARE}/{relative}", self.storages)
+    }
+
+    /// Where the pod's shared memory is in the guest.
+    pub fn guest_shm(&self) -> String {
+        format!("{}/{SHM}", self.storages)
+    }
+
+    /// Changes the share, on a thread that may wait for file systems.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub async fn with_share<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&Share, &mut Journal) -> Result<T, PodError> + Send + 'static,
+    ) -> Result<T, PodError> {
+        let (share, journal) = (self.share.clone(), self.journal.clone());
+        let changed = tokio::task::spawn_blocking(move || {
+            change(&share, &mut journal.lock().unwrap_or_else(PoisonError::into_inner))
+        });
+        changed.await?
+    }
+
+    /// Has containerd told of containers that run out of memory, for as long as the machine lives.
+    pub fn report_memory_shortage(&self, events: Events) {
+        let mut agent = self.machine.agent().agent();
+        tokio::spawn(async move {
+            let Ok(stream) = agent.events(v1::EventsRequest::default()).await else { return };
+            let mut stream = stream.into_inner();
+            while let Ok(Some(event)) = stream.message().await {
+                if let Some(v1::event::Kind::Oom(oom)) = event.kind {
+                    events.emit(Event::OutOfMemory { container: oom.container_id });
+                }
+            }
+        });
+    }
+
+    /// Ends the machine in order and undoes everything that was made for the pod. A second time it does nothing.
+    ///
+    /// # Errors
+    /// When something is left, which the record then still holds.
+    pub async fn destroy(&self) -> Result<(), PodError> {
+        self.machine.stop().await;
+        let directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(directory) = directory else { return Ok(()) };
+        Ok(tokio::task::spawn_blocking(move || directory.clean()).await??)
+    }
+}
+
+fn write_owner(directory: &Path, journal: &mut Journal) -> Result<(), PodError> {
+    let path = directory.join(OWNER);
+    let failed = |source| PodError::Io { action: "write", path: path.clone(), source };
+    journal.record(Resource::File(path.clone()))?;
+    let this = i32::try_from(std::process::id()).map_err(|error| failed(io::Error::other(error)))?;
+    let process = ProcessId::of(this).and_then(|process| Ok(serde_json::to_vec(&process)?));
+    process.and_then(|text| fs::write(&path, text)).map_err(failed)
+}
+
+async fn clean(directory: PodDirectory) {
+    match tokio::task::spawn_blocking(move || directory.clean()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::error!(error = PodError::from(error).one_line(), "something of the pod is left");
+        }
+        Err(error) => tracing::error!(%error, "something of the pod may be left"),
+    }
+}
+
+fn request(settings: &Settings, wanted: spec::SandboxSpec, vcpus: u8) -> v1::CreateSandboxRequest {
+    use v1::storage::Source;
+    let share = v1::Storage {
+        id: SHARE.into(),
+        source: Some(Source::VirtioFs(v1::VirtioFs { tag: SHARE_TAG.into(), dax: false })),
+        ..Default::default()
+    };
+    let shm = v1::Storage {
+        id: SHM.into(),
+        source: Some(Source::Tmpfs(v1::Tmpfs { size: SHM_SIZE, mode: SHM_MODE, ..Default::default() })),
+        options: ["nosuid", "nodev", "noexec"].map(str::to_owned).into(),
+        ..Default::default()
+    };
+    v1::CreateSandboxRequest {
+        id: settings.id.to_string(),
+        hostname: wanted.hostname,
+        domainname: wanted.domainname,
+        sysctls: wanted.sysctls.into_iter().collect(),
+        share_pid_namespace: true,
+        storages: vec![share, shm],
+        online_cpus: vcpus.into(),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,337 @@
+//! From the configuration that containerd writes for a container on this host to the one that the agent runs in the
+//! guest.
+//!
+//! What speaks of the host is replaced: the root, namespaces by path, sources of bind mounts. What only the host could
+//! honour is left out (its security modules, its processors' numbers), or refused where leaving it out would surprise
+//! (the host's own namespaces). Everything else goes to the guest as it is.
+
+use std::path::{Path, PathBuf};
+
+use caisson_protocol::v1;
+use serde_json::{Map, Value, json};
+
+use crate::share::Volume;
+
+/// Why a configuration can't be run in a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// Not JSON.
+    #[error("parse it")]
+    Parse(#[from] serde_json::Error),
+    /// A member of another type than the specification says.
+    #[error("{0}: not as the OCI runtime specification has it")]
+    Malformed(String),
+    /// One of the host's namespaces.
+    #[error("linux.namespaces: a container in a machine of its own can't be in the host's {0} namespace")]
+    HostNamespace(&'static str),
+}
+
+/// Where a container is, as far as its configuration has to know.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// Whether it belongs to a sandbox, whose namespaces it shares.
+    pub member: bool,
+    /// Its root in the guest.
+    pub root: &'a str,
+    /// The directory in the guest below which its bind mounts' sources appear, each by its [`Bind::index`].
+    pub binds: &'a str,
+    /// Where the pod's shared memory is in the guest.
+    pub shm: &'a str,
+    /// The pod's namespaces in the guest.
+    pub names: &'a v1::CreateSandboxResponse,
+}
+
+/// A path of the host's to be shown to the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// Its index in the configuration's mounts, by which it is called in the container's directory of the share.
+    pub index: usize,
+    /// The mount.
+    pub volume: Volume,
+}
+
+/// A configuration for the guest.
+#[derive(Debug)]
+pub struct GuestSpec {
+    /// In JSON.
+    pub json: Vec<u8>,
+    /// What has to be shared for it.
+    pub binds: Vec<Bind>,
+}
+
+/// What the sandbox is to be, as the first container of a pod has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SandboxSpec {
+    /// The host name.
+    pub hostname: String,
+    /// The domain name.
+    pub domainname: String,
+    /// The network namespace, when it is there already.
+    pub network_namespace: Option<PathBuf>,
+    /// Kernel parameters of the pod's namespaces.
+    pub sysctls: Vec<(String, String)>,
+    /// The cgroup that the container would be in.
+    pub cgroups_path: String,
+}
+
+/// Namespaces and what containerd calls them.
+const HOST_NAMESPACES: [&str; 4] = ["network", "pid", "ipc", "uts"];
+
+/// Reads what a pod's first container says of the pod.
+///
+/// # Errors
+/// When it asks for one of the host's namespaces.
+pub fn sandbox(text: &[u8]) -> Result<SandboxSpec, SpecError> {
+    let spec: Value = serde_json::from_slice(text)?;
+    let namespaces = namespaces(&spec)?;
+    for kind in HOST_NAMESPACES {
+        if !namespaces.iter().any(|namespace| namespace.kind == kind) {
+            return Err(SpecError::HostNamespace(kind));
+        }
+    }
+    let network = namespaces.into_iter().find(|namespace| namespace.kind == "network");
+    let string = |pointer: &str| spec.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let sysctls = spec.pointer("/linux/sysctl").and_then(Value::as_object).into_iter().flatten();
+    Ok(SandboxSpec {
+        hostname: string("/hostname"),
+        domainname: string("/domainname"),
+        network_namespace: network.and_then(|network| network.path).map(PathBuf::from),
+        sysctls: sysctls.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
+        cgroups_path: string("/linux/cgroupsPath"),
+    })
+}
+
+/// Rewrites a container's configuration.
+///
+/// # Errors
+/// When it is malformed, or asks for one of the host's namespaces.
+pub fn container(text: &[u8], place: &Place<'_>) -> Result<GuestSpec, SpecError> {
+    let mut spec: Value = serde_json::from_slice(text)?;
+    let object = spec.as_object_mut().ok_or_else(|| SpecError::Malformed("the whole".into()))?;
+    let root = member(object, "root")?;
+    root.insert("path".into(), json!(place.root));
+    process(member(object, "process")?);
+    let linux = member(object, "linux")?;
+    linux_section(linux);
+    set_namespaces(linux, place)?;
+    let binds = mounts(object, place)?;
+    Ok(GuestSpec { json: serde_json::to_vec(&spec)?, binds })
+}
+
+/// Takes out of a `process` what only the host could honour.
+pub fn process(process: &mut Map<String, Value>) {
+    // Labels of the host's security modules: the guest has none, its own walls stand around the whole pod.
+    for key in ["apparmorProfile", "selinuxLabel"] {
+        process.remove(key);
+    }
+}
+
+fn member<'a>(
+    object: &'a mut Map<String, Value>,
+    key: &str,
+) -> Result<&'a mut Map<String, Value>, SpecError> {
+    let value = object.entry(key).or_insert_with(|| json!({}));
+    value.as_object_mut().ok_or_else(|| SpecError::Malformed(key.to_owned()))
+}
+
+fn linux_section(linux: &mut Map<String, Value>) {
+    for key in ["mountLabel", "intelRdt", "cgroupsPath"] {
+        linux.remove(key);
+    }
+    resources(linux.get_mut("resources"));
+}
+
+/// Takes the host's processor and memory node numbers out of `linux.resources`.
+pub fn resources(resources: Option<&mut Value>) {
+    if let Some(cpu) = resources.and_then(|it| it.get_mut("cpu")).and_then(Value::as_object_mut) {
+        for key in ["cpus", "mems"] {
+            cpu.remove(key);
+        }
+    }
+}
+
+struct Namespace {
+    kind: String,
+    path: Option<String>,
+}
+
+fn namespaces(spec: &Value) -> Result<Vec<Namespace>, SpecError> {
+    let malformed = || SpecError::Malformed("linux.namespaces".into());
+    let Some(list) = spec.pointer("/linux/namespaces") else { return Ok(Vec::new()) };
+    let one = |entry: &Value| {
+        let text = |key: &str| entry.get(key).and_then(Value::as_str).map(str::to_owned);
+        let path = text("path").filter(|path| !path.is_empty());
+        Some(Namespace { kind: text("type")?, path })
+    };
+    list.as_array().ok_or_else(malformed)?.iter().map(|entry| one(entry).ok_or_else(malformed)).collect()
+}
+
+/// Namespaces by path are the pod's. A container that is a pod of its own has the pod's network, and new ones else.
+fn set_namespaces(linux: &mut Map<String, Value>, place: &Place<'_>) -> Result<(), SpecError> {
+    let found = namespaces(&json!({ "linux": linux }))?;
+    for kind in HOST_NAMESPACES {
+        if !found.iter().any(|namespace| namespace.kind == kind) {
+            return Err(SpecError::HostNamespace(kind));
+        }
+    }
+    let ours = |namespace: Namespace| {
+        let pods = match namespace.kind.as_str() {
+            "network" => Some(&place.names.network_namespace),
+            "ipc" if place.member => Some(&place.names.ipc_namespace),
+            "uts" if place.member => Some(&place.names.uts_namespace),
+            "pid" if namespace.path.is_some() => Some(&place.names.pid_namespace),
+            _ => None,
+        };
+        match pods {
+            Some(path) => json!({ "type": namespace.kind, "path": path }),
+            None => json!({ "type": namespace.kind }),
+        }
+    };
+    let list = found.into_iter().map(ours).collect();
+    linux.insert("namespaces".into(), Value::Array(list));
+    // The pod's network is the pod's to configure: the sandbox was made with these.
+    if let Some(sysctls) = linux.get_mut("sysctl").and_then(Value::as_object_mut) {
+        sysctls.retain(|key, _| !key.starts_with("net."));
+    }
+    Ok(())
+}
+
+fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind>, SpecError> {
+    let malformed = |what: &str| SpecError::Malformed(format!("mounts: {what}"));
+    let mut binds = Vec::new();
+    let Some(list) = object.get_mut("mounts").filter(|list| !list.is_null()) else { return Ok(binds) };
+    for (index, mount) in list.as_array_mut().ok_or_else(|| malformed("the list"))?.iter_mut().enumerate() {
+        let mount = mount.as_object_mut().ok_or_else(|| malformed("an entry"))?;
+        let text = |key: &str| mount.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let (kind, source, destination) = (text("type"), text("source"), text("destination"));
+        let options = mount.get("options").and_then(Value::as_array).into_iter().flatten();
+        let options: Vec<_> = options.filter_map(Value::as_str).map(str::to_owned).collect();
+        if kind != "bind" && !options.iter().any(|option| option == "bind" || option == "rbind") {
+            continue;
+        }
+        let guest = if Path::new(&destination) == Path::new("/dev/shm") {
+            place.shm.to_owned()
+        } else {
+            binds.push(Bind { index, volume: Volume { source: source.into(), options } });
+            format!("{}/{index}", place.binds)
+        };
+        mount.insert("source".into(), json!(guest));
+    }
+    Ok(binds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names() -> v1::CreateSandboxResponse {
+        v1::CreateSandboxResponse {
+            network_namespace: "/run/ns/net".into(),
+            ipc_namespace: "/run/ns/ipc".into(),
+            uts_namespace: "/run/ns/uts".into(),
+            pid_namespace: "/run/ns/pid".into(),
+            resolv_conf: String::new(),
+        }
+    }
+
+    fn rewrite(spec: &Value, member: bool) -> Result<(Value, Vec<Bind>), SpecError> {
+        let names = names();
+        let place = Place { member, root: "/g/root", binds: "/g/c", shm: "/g/shm", names: &names };
+        let made = container(spec.to_string().as_bytes(), &place)?;
+        Ok((serde_json::from_slice(&made.json).unwrap(), made.binds))
+    }
+
+    fn all_namespaces() -> Value {
+        json!([{"type": "pid"}, {"type": "network", "path": "/proc/7/ns/net"}, {"type": "ipc"}, {"type": "uts"},
+               {"type": "mount"}])
+    }
+
+    #[test]
+    fn a_member_shares_the_pods_namespaces_and_one_alone_its_network() {
+        let spec =
+            json!({"root": {"path": "rootfs", "readonly": true}, "linux": {"namespaces": all_namespaces()}});
+        let (member, _) = rewrite(&spec, true).unwrap();
+        let path = |spec: &Value, index: usize| spec["linux"]["namespaces"][index].get("path").cloned();
+        assert_eq!(path(&member, 0), None);
+        assert_eq!(path(&member, 1), Some(json!("/run/ns/net")));
+        assert_eq!(path(&member, 2), Some(json!("/run/ns/ipc")));
+        assert_eq!(member["root"], json!({"path": "/g/root", "readonly": true}));
+        let (alone, _) = rewrite(&spec, false).unwrap();
+        assert_eq!(path(&alone, 1), Some(json!("/run/ns/net")));
+        assert_eq!(path(&alone, 3), None);
+    }
+
+    #[test]
+    fn a_shared_pid_namespace_is_the_pods() {
+        let mut list = all_namespaces();
+        list[0]["path"] = json!("/proc/7/ns/pid");
+        let (spec, _) = rewrite(&json!({"linux": {"namespaces": list}}), true).unwrap();
+        assert_eq!(spec["linux"]["namespaces"][0]["path"], "/run/ns/pid");
+    }
+
+    #[test]
+    fn the_hosts_namespaces_are_refused() {
+        for (index, kind) in [(0, "pid"), (1, "network"), (2, "ipc"), (3, "uts")] {
+            let mut list = all_namespaces();
+            list.as_array_mut().unwrap().remove(index);
+            let spec = json!({"linux": {"namespaces": list}});
+            assert!(matches!(rewrite(&spec, true), Err(SpecError::HostNamespace(k)) if k == kind));
+            let text = spec.to_string();
+            assert!(matches!(sandbox(text.as_bytes()), Err(SpecError::HostNamespace(k)) if k == kind));
+        }
+    }
+
+    #[test]
+    fn bind_mounts_come_from_the_share_and_shared_memory_from_the_guest() {
+        let spec = json!({"linux": {"namespaces": all_namespaces()}, "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/h/hosts", "options": ["rbind", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/h/shm", "options": ["rbind"]},
+            {"destination": "/data", "source": "/h/data", "options": ["bind", "rprivate"]},
+        ]});
+        let (spec, binds) = rewrite(&spec, true).unwrap();
+        assert_eq!(spec["mounts"][0]["source"], "proc");
+        assert_eq!(spec["mounts"][1]["source"], "/g/c/1");
+        assert_eq!(spec["mounts"][2]["source"], "/g/shm");
+        assert_eq!(spec["mounts"][3]["source"], "/g/c/3");
+        let options = vec!["rbind".to_owned(), "ro".to_owned()];
+        let hosts = Bind { index: 1, volume: Volume { source: "/h/hosts".into(), options } };
+        assert_eq!(binds[0], hosts);
+        assert_eq!(binds[1].index, 3);
+    }
+
+    #[test]
+    fn what_only_the_host_has_is_left_out() {
+        let spec = json!({
+            "process": {"apparmorProfile": "cri-containerd.apparmor.d", "args": ["true"]},
+            "linux": {"namespaces": all_namespaces(), "cgroupsPath": "/kubepods/x", "mountLabel": "l",
+                      "sysctl": {"net.ipv4.ip_forward": "1", "kernel.shmmax": "1"},
+                      "resources": {"cpu": {"cpus": "3-4", "shares": 2}}},
+        });
+        let (spec, _) = rewrite(&spec, false).unwrap();
+        assert_eq!(spec["process"], json!({"args": ["true"]}));
+        assert_eq!(spec["linux"]["resources"], json!({"cpu": {"shares": 2}}));
+        assert_eq!(spec["linux"]["sysctl"], json!({"kernel.shmmax": "1"}));
+        assert!(spec["linux"].get("cgroupsPath").is_none());
+    }
+
+    #[test]
+    fn nonsense_is_an_error() {
+        for text in ["[]", "{", r#"{"mounts": 3, "linux": {"namespaces": []}}"#, r#"{"linux": 1}"#] {
+            let names = names();
+            let place = Place { member: true, root: "", binds: "", shm: "", names: &names };
+            assert!(container(text.as_bytes(), &place).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_first_container_describes_the_sandbox() {
+        let spec = json!({"hostname": "h", "linux": {"namespaces": all_namespaces(), "cgroupsPath": "/k/p",
+                          "sysctl": {"net.core.somaxconn": "9"}}});
+        let sandbox = sandbox(spec.to_string().as_bytes()).unwrap();
+        assert_eq!(sandbox.hostname, "h");
+        assert_eq!(sandbox.network_namespace, Some("/proc/7/ns/net".into()));
+        assert_eq!(sandbox.sysctls, [("net.core.somaxconn".to_owned(), "9".to_owned())]);
+        assert_eq!(sandbox.cgroups_path, "/k/p");
+    }
+}
