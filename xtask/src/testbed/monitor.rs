@@ -33,9 +33,9 @@ impl Monitor {
         Ok((Self(ours), theirs))
     }
 
-    /// The processor's registers at two moments. What QEMU does not answer is missing.
+    /// The processor's registers at two moments, and which interrupts are pending. What QEMU does not answer is missing.
     pub(crate) fn where_it_is(&mut self) -> String {
-        [self.ask("info registers"), self.ask("info registers")].join("\n")
+        ["info registers", "info registers", "info lapic"].map(|question| self.ask(question)).join("\n")
     }
 
     fn ask(&mut self, command: &str) -> String {
