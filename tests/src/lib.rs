@@ -9,6 +9,7 @@
 //! | [`agent`] | the agent as a plain process, and a client of it |
 //! | [`containers`] | containers of busybox through an agent, and what must hold of them |
 //! | [`guest`] | Linux guests booted by something other than containerd |
+//! | [`net`] | network interfaces of this machine that guests are tied to |
 //! | [`vmm`] | Linux guests in our own VMM |
 //! | [`pod_vm`] | the agent as PID 1 of a guest in our own VMM |
 //! | [`vsock`] | a guest of our own VMM that serves vsock ports |
@@ -24,6 +25,7 @@ pub mod cri;
 pub mod ctr;
 pub mod guest;
 pub mod leaks;
+pub mod net;
 pub mod node;
 pub mod pod_vm;
 pub mod vmm;

@@ -1,6 +1,7 @@
 //! Linux guests in our own VMM: its process, its control connection and its console.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io::{BufRead, BufReader, Write},
     os::{
@@ -20,7 +21,8 @@ use caisson_vmm::{
 };
 use nix::sys::{
     signal::Signal,
-    socket::{AddressFamily, SockFlag, SockType, socketpair},
+    socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt},
+    time::{TimeVal, TimeValLike},
 };
 
 use crate::{guest::Initramfs, node::Product};
@@ -152,6 +154,7 @@ impl Vmm {
             .stdin(Stdio::from(theirs))
             .spawn()
             .context("starting caisson-vmm")?;
+        setsockopt(&ours, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE.as_secs().try_into()?))?;
         let (reader, console_writer) = std::io::pipe()?;
         let (lines, console) = mpsc::channel();
         std::thread::spawn(move || {
@@ -339,8 +342,16 @@ impl Drop for Vmm {
 pub fn run_machine_file(text: &str, directory: &Path, jailed: bool) -> Result<(i32, String)> {
     let path = directory.join("machine.toml");
     std::fs::write(&path, text)?;
+    run_to_end(["--config".as_ref(), path.as_os_str()], jailed)
+}
+
+/// Runs `caisson-vmm` with arguments, in a jail or not, and returns its exit code and standard error.
+///
+/// # Errors
+/// When it cannot be started, or does not end within a minute.
+pub fn run_to_end<'a>(arguments: impl IntoIterator<Item = &'a OsStr>, jailed: bool) -> Result<(i32, String)> {
     let mut command = Command::new("timeout");
-    command.arg("60").arg(Product::Vmm.path()?).arg("--config").arg(&path).stdin(Stdio::null());
+    command.arg("60").arg(Product::Vmm.path()?).args(arguments).stdin(Stdio::null());
     if jailed {
         // An empty file: the jail as it is by default.
         command.args(["--jail", "/dev/null"]);

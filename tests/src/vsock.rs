@@ -5,7 +5,10 @@
 
 use std::{
     io::{Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -25,6 +28,11 @@ use caisson_vmm::{
     },
     machine::{Machine, OpenDevice, poller::Poller},
     resources::{self, Descriptors, Resources},
+};
+
+use nix::sys::{
+    socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, socket, sockopt},
+    time::{TimeVal, TimeValLike},
 };
 
 use crate::{guest::Initramfs, node::Product};
@@ -62,9 +70,13 @@ pub fn pattern(length: usize) -> Vec<u8> {
 /// # Errors
 /// When nobody listens there.
 pub fn connect(path: &Path, port: u32) -> Result<UnixStream> {
-    let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(SILENCE))?;
-    stream.set_write_timeout(Some(SILENCE))?;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let silence = TimeVal::seconds(SILENCE.as_secs().try_into()?);
+    // Also for connect(2), which waits for a listener that does not accept.
+    setsockopt(&socket, sockopt::SendTimeout, &silence)?;
+    setsockopt(&socket, sockopt::ReceiveTimeout, &silence)?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let mut stream = UnixStream::from(socket);
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
@@ -146,7 +158,10 @@ impl VsockGuest {
     pub fn serve(&self, port: u32) -> Result<UnixListener> {
         let mut path = self.path().into_os_string();
         path.push(format!("_{port}"));
-        Ok(UnixListener::bind(PathBuf::from(path))?)
+        let listener = UnixListener::bind(PathBuf::from(path))?;
+        let boot = TimeVal::seconds(BOOT.as_secs().try_into()?);
+        setsockopt(&listener, sockopt::ReceiveTimeout, &boot)?;
+        Ok(listener)
     }
 
     /// Pauses the machine's processors, and resumes them after `pause`.
@@ -189,7 +204,7 @@ impl Drop for VsockGuest {
 fn build(config: &MachineConfig, dir: &Path) -> Result<Machine> {
     let kvm = resources::open_kvm()?;
     let resources = Resources::open(config, &Descriptors::Inherited)?;
-    let sink = ConsoleSink::new(resources.console, config.console.rate);
+    let sink = ConsoleSink::new(resources.console.output, config.console.rate);
     let mut machine = Machine::new(&kvm, config.shape(), Arc::new(Poller::new()?), sink, Instant::now())?;
     let path = dir.join("vsock");
     let host =

@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io::Write,
     os::{fd::AsFd, unix::fs::FileExt},
     time::Duration,
 };
@@ -54,6 +55,8 @@ fn bad_input_is_one_line_and_leaves_nothing() -> Result<()> {
     let text_file = workshop.disk("text", "this is no kernel", 4096)?;
     let used = directory.path().join("socket");
     let _listener = std::os::unix::net::UnixListener::bind(&used)?;
+    let part = workshop.disk("part", "no whole number of sectors", 1000)?;
+    let elsewhere = workshop.path("elsewhere");
     let good = format!("kernel.image = {kernel:?}\nmemory.size_mib = 64\n");
     for (machine, says) in [
         (
@@ -64,14 +67,48 @@ fn bad_input_is_one_line_and_leaves_nothing() -> Result<()> {
         (format!("kernel.image = {kernel:?}\nmemory.size_mib = 0\n"), "memory.size_mib"),
         (format!("{good}cpus.max = 255\n"), "cpus.max"),
         (format!("{good}cpus.boot = 9\ncpus.max = 4\n"), "cpus.boot"),
+        (format!("{good}cpus.max = 0\n"), "cpus.max"),
+        (format!("{good}cpus.max = 100000\n"), "cpus.max"),
         (format!("{good}[[devices]]\nblock.files = ['/nonexistent']\n"), "devices[0].block.files[0]"),
+        (
+            format!("{good}[[devices]]\nrng = {{}}\n[[devices]]\nblock.files = ['/etc']\n"),
+            "devices[1].block.files[0]",
+        ),
+        (
+            format!("{good}[[devices]]\nblock.files = ['/dev/null']\n"),
+            "neither a regular file nor a block device",
+        ),
+        (format!("{good}[[devices]]\nblock.files = [{part:?}]\n"), "multiple of 512"),
+        (
+            format!("{good}[[devices]]\nnet.tap = 'none-such'\nnet.options.mac = '02:00:00:00:00:01'\n"),
+            "net.tap",
+        ),
+        (format!("{good}[[devices]]\nnet.tap = 'lo'\nnet.options.mac = '02:00:00:00:00:01'\n"), "net.tap"),
         (format!("{good}control.socket = {used:?}\n"), "control.socket"),
+        (
+            format!(
+                "{good}control.socket = {elsewhere:?}\n\
+                 [[devices]]\nvsock.socket = {used:?}\nvsock.options.guest_cid = 3\n"
+            ),
+            "devices[0].vsock.socket",
+        ),
+        (
+            format!(
+                "{good}control.socket = {used:?}\n\
+                 [[devices]]\nvsock.socket = {elsewhere:?}\nvsock.options.guest_cid = 3\n"
+            ),
+            "control.socket",
+        ),
         (format!("{good}colour = 'blue'\n"), "colour"),
         (format!("kernel.image = {kernel:?}\nmemory.size_mib = 16\n"), "loading the kernel into 16 MiB"),
     ] {
-        let (code, stderr) = run_machine_file(&machine, directory.path(), false)?;
-        ensure!(code == 1, "{says}: exit code {code}: {stderr}");
-        ensure!(stderr.lines().count() == 1 && stderr.contains(says), "{says}: {stderr}");
+        for jailed in [false, true] {
+            let (code, stderr) = run_machine_file(&machine, directory.path(), jailed)?;
+            ensure!(code == 1, "{says}, jailed {jailed}: exit code {code}: {stderr}");
+            let one = stderr.lines().count() == 1 && stderr.starts_with("caisson-vmm: ");
+            ensure!(one && stderr.contains(says), "{says}, jailed {jailed}: {stderr}");
+            ensure!(!elsewhere.exists(), "{says}, jailed {jailed}: its socket is left");
+        }
     }
     let left: Vec<_> =
         std::fs::read_dir(directory.path())?.flatten().map(|entry| entry.file_name()).collect();
@@ -147,6 +184,55 @@ fn a_bound_device_is_not_taken_away_unasked() -> Result<()> {
     vmm.client.unplug(0, true)?;
     let disk = BlockDevice { files: vec![FileSource::Descriptor(0)], options: Default::default() };
     ensure!(vmm.client.plug(Some(200), DeviceConfig::Block(disk), &[]).is_err());
+    vmm.client.metrics()?;
+    Ok(())
+}
+
+#[test]
+fn a_disk_grows_while_it_is_used() -> Result<()> {
+    let workshop = Workshop::new(
+        "echo size: $(cat /sys/block/vda/size)
+        while [ $(cat /sys/block/vda/size) = 2048 ]; do usleep 10000; done
+        echo size: $(cat /sys/block/vda/size)
+        dd if=/dev/vda bs=512 skip=8191 count=1 2>/dev/null | head -n 1
+        sleep 1000",
+    )?;
+    let disk = workshop.disk("disk", "", 1 << 20)?;
+    let config = format!("[[devices]]\nrng = {{}}\n[[devices]]\nblock.files = [{disk:?}]\n");
+    let mut vmm = Vmm::boot(workshop.config(&config)?)?;
+    vmm.expect("size: 2048")?;
+    ensure!(vmm.client.refresh_capacity(1)? == 1 << 20, "it has not changed yet");
+    let file = File::options().write(true).open(&disk)?;
+    file.set_len(4 << 20)?;
+    file.write_all_at(b"at the new end\n", (4 << 20) - 512)?;
+    ensure!(vmm.client.refresh_capacity(1)? == 4 << 20);
+    vmm.expect("size: 8192")?;
+    vmm.expect("at the new end")?;
+    file.set_len((4 << 20) + 100)?;
+    for (slot, says) in [(0, "no disk"), (1, "multiple of 512"), (2, "no disk"), (99, "no slot 99")] {
+        let error = vmm.client.refresh_capacity(slot).map_err(|error| error.to_string());
+        ensure!(error.as_ref().is_err_and(|error| error.contains(says)), "{says}: {error:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest() -> Result<()> {
+    let workshop = Workshop::new("stty -echo; echo ready; while read line; do echo \"heard <$line>\"; done")?;
+    let mut config = workshop.config("")?;
+    config.console.input = Some(FileSource::Descriptor(1));
+    let (reader, mut writer) = std::io::pipe()?;
+    let mut vmm = Vmm::boot_with(config, &[reader.as_fd()])?;
+    drop(reader);
+    vmm.expect("ready")?;
+    let long = "x".repeat(900);
+    for number in 0..20 {
+        writeln!(writer, "{number} {long}")?;
+    }
+    for number in 0..20 {
+        vmm.expect(&format!("heard <{number} {long}>"))?;
+    }
+    drop(writer);
     vmm.client.metrics()?;
     Ok(())
 }

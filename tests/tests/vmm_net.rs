@@ -10,8 +10,18 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use caisson_e2e::vmm::{PATIENCE, Vmm, Workshop};
-use nix::libc;
+use caisson_e2e::{
+    net::{NamedTap, ip},
+    vmm::{PATIENCE, Vmm, Workshop},
+};
+use caisson_vmm::config::{DeviceConfig, FileSource, NetDevice};
+use nix::{
+    libc,
+    sys::{
+        socket::{setsockopt, sockopt},
+        time::{TimeVal, TimeValLike},
+    },
+};
 
 /// TUNSETIFF of linux/if_tun.h, whose number names another type than what it takes.
 #[allow(missing_docs, reason = "nix's macro leaves no place for them")]
@@ -40,12 +50,6 @@ fn tap(name: &str) -> Result<OwnedFd> {
     // SAFETY: the kernel reads one ifreq.
     unsafe { ioctl::set_interface(file.as_raw_fd(), &request) }.context("making a tap device")?;
     Ok(file.into())
-}
-
-fn ip(words: &str) -> Result<()> {
-    let status = Command::new("ip").args(words.split(' ')).status().context("running ip")?;
-    ensure!(status.success(), "ip {words} failed");
-    Ok(())
 }
 
 /// Bytes in which a lost, doubled or moved piece shows.
@@ -80,9 +84,17 @@ fn streams_arrive_whole(name: &str, subnet: u8, mtu: u16) -> Result<()> {
     ip(&format!("link set {name} mtu {mtu} up"))?;
     let down = TcpListener::bind((host.as_str(), 7001))?;
     let up = TcpListener::bind((host.as_str(), 7002))?;
+    for listener in [&down, &up] {
+        // For accept(2); a guest that never connects must not keep a thread.
+        setsockopt(listener, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE.as_secs().try_into()?))?;
+    }
     let sent = stream();
     let sum = sha256(&sent)?;
-    thread::spawn(move || down.accept().and_then(|(mut stream, _)| stream.write_all(&sent)));
+    thread::spawn(move || {
+        let (mut stream, _) = down.accept()?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.write_all(&sent)
+    });
     let received = thread::spawn(move || {
         let (mut stream, _) = up.accept()?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -118,6 +130,31 @@ fn streams_arrive_whole(name: &str, subnet: u8, mtu: u16) -> Result<()> {
     let received = received.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
     let sum = sha256(&received)?;
     ensure!(up.contains(&sum), "{up}, but the host received {} bytes with {sum}", received.len());
+    Ok(())
+}
+
+/// As a person does who has a machine's control socket and a tap device.
+#[test]
+fn a_card_is_plugged_by_the_name_of_its_tap() -> Result<()> {
+    let _tap = NamedTap::new("e2e-named", "10.92.4.1/24")?;
+    let workshop = Workshop::new(
+        "echo ready
+        while ! echo virtio-mmio.2 > /sys/bus/platform/drivers/virtio-mmio/bind 2>/dev/null; do usleep 20000; done
+        ip addr add 10.92.4.2/24 dev eth0; ip link set eth0 up
+        ping -c 3 -W 10 10.92.4.1 >/dev/null && echo pinged
+        sleep 1000",
+    )?;
+    let mut vmm = Vmm::boot(workshop.config("slots = 3\n")?)?;
+    vmm.expect("ready")?;
+    let mut card = |name: &str| {
+        let options = serde_json::from_str(r#"{"mac": "02:00:00:00:92:04"}"#)?;
+        let device = NetDevice { tap: FileSource::Path(name.into()), options };
+        anyhow::Ok(vmm.client.plug(Some(2), DeviceConfig::Net(device), &[])?)
+    };
+    ensure!(card("e2e-none").is_err(), "there is no such tap");
+    ensure!(card("lo").is_err(), "that is none");
+    card("e2e-named")?;
+    vmm.expect("pinged")?;
     Ok(())
 }
 

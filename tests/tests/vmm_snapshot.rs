@@ -3,7 +3,7 @@
 use std::{fs::File, os::fd::AsFd, path::Path};
 
 use anyhow::{Result, ensure};
-use caisson_e2e::vmm::{Vmm, Workshop};
+use caisson_e2e::vmm::{Vmm, Workshop, run_to_end};
 use caisson_vmm::{
     config::{BlockDevice, DeviceConfig, FileSource},
     control::protocol::{Resize, RestoreCommand, RestoredDevice},
@@ -125,6 +125,57 @@ fn what_is_not_a_whole_snapshot_is_refused() -> Result<()> {
     File::options().write(true).open(&memory)?.set_len(1 << 20)?;
     let error = Vmm::restore(command(&state, &memory, Vec::new())).err().map(|error| error.to_string());
     ensure!(error.as_deref().is_some_and(|error| error.contains("memory file")), "{error:?}");
+    Ok(())
+}
+
+/// By a person, without a controller: the machine file that the machine was made from says what its devices are on.
+#[test]
+fn a_saved_machine_goes_on_by_the_command_line() -> Result<()> {
+    let script = "
+        echo ready
+        while [ \"$(dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | head -n 1)\" != go ]; do usleep 10000; done
+        echo gone on";
+    let workshop = Workshop::new(script)?;
+    let disk = workshop.disk("disk", "wait\n", 1 << 20)?;
+    let (console, socket, machine) =
+        (workshop.path("console"), workshop.path("socket"), workshop.path("machine.toml"));
+    let devices = format!("[[devices]]\nrng = {{}}\n[[devices]]\nblock.files = [{disk:?}]\n");
+    let mut vmm = Vmm::boot(workshop.config(&devices)?)?;
+    vmm.expect("ready")?;
+    save(&mut vmm, &workshop.path("state"), &workshop.path("memory"))?;
+    drop(vmm);
+
+    workshop.disk("disk", "go\n", 1 << 20)?;
+    let directory = workshop.path("");
+    std::fs::write(
+        &machine,
+        format!(
+            "kernel.image = '/nonexistent'\nmemory.size_mib = 128\nconsole.output = {console:?}\n\
+             control.socket = {socket:?}\n{devices}"
+        ),
+    )?;
+    let arguments = ["--restore".as_ref(), directory.as_os_str(), "--config".as_ref(), machine.as_os_str()];
+    for jailed in [false, true] {
+        let (code, stderr) = run_to_end(arguments, jailed)?;
+        let said = std::fs::read_to_string(&console)?;
+        ensure!(
+            code == 12 && said.contains("gone on"),
+            "jailed {jailed}: exit code {code}: {stderr}\n{said}"
+        );
+        ensure!(!socket.exists(), "jailed {jailed}: the control socket is still there");
+        std::fs::remove_file(&console)?;
+    }
+    // Without the machine file, the disk is missed.
+    let (code, stderr) = run_to_end(["--restore".as_ref(), directory.as_os_str()], false)?;
+    ensure!(code == 1 && stderr.lines().count() == 1, "exit code {code}: {stderr}");
+    for (content, says) in [(&b"something else"[..], "not a snapshot"), (b"", "not a snapshot")] {
+        std::fs::write(workshop.path("state"), content)?;
+        for jailed in [false, true] {
+            let (code, stderr) = run_to_end(arguments, jailed)?;
+            ensure!(code == 1 && stderr.lines().count() == 1 && stderr.contains(says), "{code}: {stderr}");
+            ensure!(!socket.exists(), "jailed {jailed}: the control socket is still there");
+        }
+    }
     Ok(())
 }
 

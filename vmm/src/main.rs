@@ -12,10 +12,11 @@ use std::{
 
 use caisson_vmm::{
     config::{FileSource, MachineConfig},
-    control::{Supervisor, socket, supervisor::SupervisorError},
+    control::{Supervisor, protocol::RestoreCommand, socket, supervisor::SupervisorError},
     jail::{Inherited, Jail, JailConfig, Side},
     machine::{ExitReason, shares::Shares},
     resources::{self, Access, Descriptors, Resources},
+    snapshot,
 };
 use clap::Parser;
 use tracing::level_filters::LevelFilter;
@@ -28,6 +29,10 @@ struct Arguments {
     /// The machine file (TOML, or JSON by its name): boot this machine.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Go on from the snapshot in this directory: its files `state` and `memory`. The console, the control socket and
+    /// the devices are those of the machine file, if one is given too; without one, the console is standard output.
+    #[arg(long, value_name = "DIRECTORY")]
+    restore: Option<PathBuf>,
     /// Take requests on this descriptor: a unix socket of type SOCK_SEQPACKET, listening or connected.
     #[arg(long, value_name = "N")]
     control_fd: Option<u32>,
@@ -69,18 +74,42 @@ fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorEr
         let socket = Descriptors::Inherited.open("--control-fd", &source, Access::ReadWrite)?;
         supervisor.control(socket.into())?;
     }
-    let Some(path) = &arguments.config else {
-        enter(&mut supervisor, jail, &inherited, Vec::new())?;
-        return supervisor.run();
-    };
-    let config = MachineConfig::from_file(path)?;
-    let resources = Resources::open(&config, &Descriptors::Inherited)?;
+    let config = arguments.config.as_deref().map(MachineConfig::from_file).transpose()?;
+    let origin = Origin::open(arguments.restore.as_deref(), config.as_ref())?;
     // The last thing that is made in the host's view, so that nothing has to be undone when another fails.
-    let _socket = config.control.socket.as_deref().map(|path| listen(&mut supervisor, path)).transpose()?;
-    enter(&mut supervisor, jail, &inherited, config.sockets())?;
-    supervisor.create(&config, resources)?;
+    let socket = config.as_ref().and_then(|config| config.control.socket.as_deref());
+    let _socket = socket.map(|path| listen(&mut supervisor, path)).transpose()?;
+    let sockets = config.as_ref().map(MachineConfig::sockets).unwrap_or_default();
+    enter(&mut supervisor, jail, &inherited, sockets)?;
+    match origin {
+        // Whoever controls the process makes the machine.
+        Origin::Nothing => return supervisor.run(),
+        Origin::Kernel(config, resources) => supervisor.create(config, resources)?,
+        Origin::Snapshot(source) => supervisor.restore(source)?,
+    }
     supervisor.boot()?;
     supervisor.run()
+}
+
+/// What the machine is made from, open.
+enum Origin<'a> {
+    Nothing,
+    Kernel(&'a MachineConfig, Resources),
+    Snapshot(snapshot::Source),
+}
+
+impl<'a> Origin<'a> {
+    fn open(saved: Option<&Path>, config: Option<&'a MachineConfig>) -> Result<Self, SupervisorError> {
+        let inherited = &Descriptors::Inherited;
+        Ok(match (saved, config) {
+            (Some(directory), config) => {
+                let command = RestoreCommand::from_directory(directory, config);
+                Self::Snapshot(snapshot::Source::open(&command, inherited)?)
+            }
+            (None, Some(config)) => Self::Kernel(config, Resources::open(config, inherited)?),
+            (None, None) => Self::Nothing,
+        })
+    }
 }
 
 /// Goes into the jail, if there is to be one. The process that stays outside never returns: it removes `sockets`, and

@@ -20,8 +20,11 @@ use kvm_ioctls::Kvm;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::{
-    config::{DeviceConfig, FileSource, MachineConfig, VsockDevice},
-    devices::vsock::{Dialer, HostEnd, PassingDialer, PathDialer},
+    config::{ConsoleConfig, DeviceConfig, FileSource, MachineConfig, VsockDevice},
+    devices::{
+        net::Tap,
+        vsock::{Dialer, HostEnd, PassingDialer, PathDialer},
+    },
     machine::OpenDevice,
 };
 
@@ -141,14 +144,38 @@ pub fn open_kvm() -> Result<Kvm, ResourceError> {
     Kvm::new().map_err(|error| ResourceError::Kvm(error.into()))
 }
 
+/// The host's ends of a console.
+#[derive(Debug, Default)]
+pub struct ConsoleEnds {
+    /// Where its output goes.
+    pub output: Option<File>,
+    /// Where its input comes from.
+    pub input: Option<File>,
+}
+
+impl ConsoleEnds {
+    /// Opens what `config` names.
+    ///
+    /// # Errors
+    /// When one could not be opened.
+    pub fn open(config: &ConsoleConfig, descriptors: &Descriptors) -> Result<Self, ResourceError> {
+        let open = |field, source: &Option<FileSource>, access| {
+            source.as_ref().map(|source| descriptors.open(field, source, access)).transpose()
+        };
+        let output = open("console.output", &config.output, Access::Append)?;
+        let input = open("console.input", &config.input, Access::Read)?;
+        Ok(Self { output, input })
+    }
+}
+
 /// Everything that a machine file names.
 pub struct Resources {
     /// The kernel image.
     pub kernel: File,
     /// The initial RAM disk.
     pub initramfs: Option<File>,
-    /// Where the console goes.
-    pub console: Option<File>,
+    /// Where the console goes, and comes from.
+    pub console: ConsoleEnds,
     /// The devices, in order.
     pub devices: Vec<OpenDevice>,
 }
@@ -163,9 +190,7 @@ impl Resources {
         let initramfs = config.kernel.initramfs.as_ref();
         let initramfs =
             initramfs.map(|source| descriptors.open("kernel.initramfs", source, Access::Read)).transpose()?;
-        let console = config.console.output.as_ref();
-        let console =
-            console.map(|source| descriptors.open("console.output", source, Access::Append)).transpose()?;
+        let console = ConsoleEnds::open(&config.console, descriptors)?;
         let mut devices = Vec::with_capacity(config.devices.len());
         for (index, device) in config.devices.iter().enumerate() {
             devices.push(open_device(&format!("devices[{index}]"), device, descriptors)?);
@@ -194,10 +219,10 @@ pub fn open_device(
             let files = disk.files.iter().enumerate().map(open).collect::<Result<_, _>>()?;
             OpenDevice::Block(disk.options.clone(), files)
         }
-        DeviceConfig::Net(card) => {
-            let tap = descriptors.open(&format!("{field}.net.tap"), &card.tap, Access::ReadWrite)?;
-            OpenDevice::Net(card.options.clone(), tap.into())
-        }
+        DeviceConfig::Net(card) => OpenDevice::Net(
+            card.options.clone(),
+            open_tap(format!("{field}.net.tap"), &card.tap, descriptors)?,
+        ),
         DeviceConfig::Fs(share) => {
             let open = |source| descriptors.open(&format!("{field}.fs.directory"), source, Access::Directory);
             let directory = share.directory.as_ref().map(open).transpose()?;
@@ -206,6 +231,18 @@ pub fn open_device(
         DeviceConfig::Vsock(device) => {
             OpenDevice::Vsock(device.options, open_vsock(&format!("{field}.vsock"), device, descriptors)?)
         }
+    })
+}
+
+/// Attaches to a tap device by its name, or takes one that is attached.
+fn open_tap(field: String, tap: &FileSource, descriptors: &Descriptors) -> Result<OwnedFd, ResourceError> {
+    let FileSource::Path(name) = tap else {
+        return Ok(descriptors.open(&field, tap, Access::ReadWrite)?.into());
+    };
+    Tap::attach(name.as_os_str()).map_err(|source| ResourceError::Open {
+        field,
+        name: tap.to_string(),
+        source,
     })
 }
 

@@ -35,6 +35,17 @@ pub enum DeviceConfig {
     Fs(FsDevice),
 }
 
+impl DeviceConfig {
+    /// Whether the device is something of the host: a restored machine has to be given it anew.
+    #[must_use]
+    pub fn needs_host(&self) -> bool {
+        match self {
+            Self::Rng(_) | Self::Balloon(_) => false,
+            Self::Block(_) | Self::Net(_) | Self::Vsock(_) | Self::Fs(_) => true,
+        }
+    }
+}
+
 /// A disk and its files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -50,7 +61,8 @@ pub struct BlockDevice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetDevice {
-    /// The tap device, as a descriptor that was attached with TUNSETIFF (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`).
+    /// The tap device: the name of one that is there, or a descriptor (`fd:N`) that was attached with TUNSETIFF
+    /// (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`). A process in a jail takes descriptors alone.
     pub tap: FileSource,
     /// The card itself.
     pub options: NetConfig,

@@ -140,6 +140,9 @@ pub struct ConsoleConfig {
     /// Where its output goes; nowhere when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<FileSource>,
+    /// Where what is typed on it comes from, such as `/dev/stdin`: a terminal, a pipe or a socket, but no regular file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<FileSource>,
     /// The most that is written there, in bytes per second.
     #[serde(default = "default_console_rate")]
     pub rate: u64,
@@ -151,7 +154,7 @@ fn default_console_rate() -> u64 {
 
 impl Default for ConsoleConfig {
     fn default() -> Self {
-        Self { output: None, rate: default_console_rate() }
+        Self { output: None, input: None, rate: default_console_rate() }
     }
 }
 

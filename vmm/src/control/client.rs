@@ -150,6 +150,17 @@ impl Client {
         self.done(Command::Unplug { slot, force }, &[])
     }
 
+    /// Has a disk take the size that its file has by now; returns it, in bytes.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn refresh_capacity(&mut self, slot: u8) -> Result<u64, ClientError> {
+        match self.call(Command::RefreshCapacity { slot }, &[])? {
+            Reply::Capacity { bytes } => Ok(bytes),
+            _ => Err(ClientError::Unexpected),
+        }
+    }
+
     /// Changes the machine's size.
     ///
     /// # Errors

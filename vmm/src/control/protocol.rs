@@ -1,9 +1,11 @@
 //! What is said on the control socket.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{DeviceConfig, FileSource, MachineConfig},
+    config::{ConsoleConfig, DeviceConfig, FileSource, MachineConfig},
     machine::ExitReason,
 };
 
@@ -48,6 +50,11 @@ pub enum Command {
         #[serde(default)]
         force: bool,
     },
+    /// Looks at the size of a disk's file again, and tells the guest when it has changed.
+    RefreshCapacity {
+        /// The disk's slot.
+        slot: u8,
+    },
     /// Changes the machine's size.
     Resize(Resize),
     /// Brings all processors to rest.
@@ -77,10 +84,30 @@ pub struct RestoreCommand {
     pub memory: FileSource,
     /// Where the console goes.
     #[serde(default)]
-    pub console: crate::config::ConsoleConfig,
+    pub console: ConsoleConfig,
     /// What takes the place of the devices that need something from the host, by slot.
     #[serde(default)]
     pub devices: Vec<RestoredDevice>,
+}
+
+impl RestoreCommand {
+    /// What goes on from the files `state` and `memory` in a directory. Its console and its devices are those of a
+    /// machine file, such as the one that the saved machine was made from; without one, the console goes to standard
+    /// output, and there are no devices that need something from the host.
+    #[must_use]
+    pub fn from_directory(directory: &Path, machine: Option<&MachineConfig>) -> Self {
+        let to_stdout = || ConsoleConfig { output: Some(FileSource::Descriptor(1)), ..Default::default() };
+        let devices = (0u8..).zip(machine.into_iter().flat_map(|machine| &machine.devices));
+        let devices = devices
+            .filter(|(_, device)| device.needs_host())
+            .map(|(slot, device)| RestoredDevice { slot, device: device.clone() });
+        Self {
+            state: FileSource::Path(directory.join("state")),
+            memory: FileSource::Path(directory.join("memory")),
+            console: machine.map_or_else(to_stdout, |machine| machine.console.clone()),
+            devices: devices.collect(),
+        }
+    }
 }
 
 /// A device of a restored machine.
@@ -135,6 +162,11 @@ pub enum Reply {
         slot: u8,
         /// The name of its platform device in the guest's sysfs.
         guest_name: String,
+    },
+    /// The size of a disk.
+    Capacity {
+        /// In bytes.
+        bytes: u64,
     },
     /// Counters and sizes.
     Metrics(serde_json::Value),

@@ -125,7 +125,7 @@ impl Supervisor {
             return Err(SupervisorError::State("there is a machine already"));
         }
         config.validate()?;
-        let sink = ConsoleSink::new(resources.console, config.console.rate);
+        let sink = ConsoleSink::new(resources.console.output, config.console.rate);
         let mut machine = Machine::new(&self.kvm, config.shape(), self.poller.clone(), sink, self.birth)?;
         let command_line = config.command_line().map_err(ConfigError::CommandLine)?;
         let source = BootSource {
@@ -141,6 +141,21 @@ impl Supervisor {
             machine.plug(slot, device)?;
         }
         machine.plug_memory()?;
+        resources.console.input.map(|input| machine.type_from(input)).transpose()?;
+        self.machine = Some(machine);
+        Ok(())
+    }
+
+    /// Makes the machine from a snapshot, without running it.
+    ///
+    /// # Errors
+    /// When there is a machine already, or the snapshot does not fit.
+    pub fn restore(&mut self, source: snapshot::Source) -> Result<(), SupervisorError> {
+        if self.machine.is_some() {
+            return Err(SupervisorError::State("there is a machine already"));
+        }
+        let poller = self.poller.clone();
+        let machine = snapshot::restore(&self.kvm, poller, source, (self.birth, self.shares.clone()))?;
         self.machine = Some(machine);
         Ok(())
     }
@@ -188,7 +203,7 @@ impl Supervisor {
                     // Looked at below.
                     Token::Exit => {}
                     token => {
-                        if let Some(machine) = &self.machine {
+                        if let Some(machine) = &mut self.machine {
                             machine.handle(token, events);
                         }
                     }
@@ -226,21 +241,14 @@ impl Supervisor {
                 self.create(&config, resources)?;
             }
             Command::Restore(command) => {
-                if self.machine.is_some() {
-                    return Err(SupervisorError::State("there is a machine already"));
-                }
-                let source = snapshot::Source::open(&command, descriptors)?;
-                let machine = snapshot::restore(
-                    &self.kvm,
-                    self.poller.clone(),
-                    source,
-                    (self.birth, self.shares.clone()),
-                )?;
-                self.machine = Some(machine);
+                self.restore(snapshot::Source::open(&command, descriptors)?)?;
             }
             Command::Boot => self.boot()?,
             Command::Plug { slot, device } => return self.plug(slot, &device, descriptors),
             Command::Unplug { slot, force } => self.machine()?.unplug(slot, force)?,
+            Command::RefreshCapacity { slot } => {
+                return Ok(Reply::Capacity { bytes: self.machine()?.refresh_capacity(slot)? });
+            }
             Command::Resize(resize) => self.resize(resize)?,
             Command::Pause => self.machine()?.pause()?,
             Command::Resume => self.resume()?,

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `bus` | which device answers at which address |
 //! | `exit` | why a machine ends |
+//! | `input` | what is typed on the console |
 //! | [`poller`] | the descriptors that the event loop watches |
 //! | [`slots`] | virtio-mmio slots and their wiring to KVM |
 //! | [`shares`] | what serves shared directories |
@@ -16,6 +17,7 @@
 mod bus;
 mod devices;
 mod exit;
+mod input;
 pub mod poller;
 mod processors;
 pub mod shares;
@@ -27,6 +29,7 @@ pub use bus::{End, MachineBus};
 use devices::Workshop;
 pub use devices::{DeviceBuildError, OpenDevice};
 pub use exit::ExitReason;
+use input::ConsoleInput;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use poller::{Poller, Token};
@@ -44,6 +47,7 @@ use crate::{
     boot::{self, BootError, BootSource},
     devices::{
         balloon::Balloon,
+        block::{Block, DiskError},
         exit::ExitPort,
         mem::{MemoryDevice, MemoryError},
         serial::{Console, ConsoleSink, SERIAL_GSI},
@@ -111,6 +115,23 @@ pub enum MachineError {
     /// The machine lacks the device that this is about.
     #[error("the machine has no {0}")]
     NoDevice(&'static str),
+    /// The device in a slot is something else than what this is about.
+    #[error("slot {slot} has no {what}")]
+    OtherDevice {
+        /// The slot.
+        slot: u8,
+        /// What should be there.
+        what: &'static str,
+    },
+    /// A disk's files are not as they should be any more.
+    #[error("the disk in slot {slot}")]
+    Disk {
+        /// The slot.
+        slot: u8,
+        /// What is wrong with them.
+        #[source]
+        source: DiskError,
+    },
     /// A size that the memory device cannot have.
     #[error("resizing memory")]
     Resize(#[source] MemoryError),
@@ -140,6 +161,7 @@ pub struct Machine {
     ram: Arc<GuestRam>,
     shape: MachineShape,
     shares: Arc<Shares>,
+    input: Option<ConsoleInput>,
     /// It was restored and has not run since: what was on its way when it was saved is to be sent again.
     fresh_from_snapshot: bool,
 }
@@ -199,12 +221,22 @@ impl Machine {
         let bus = Arc::new(new_bus(&vm, &poller, slots, parts)?);
         let processors = Processors::new(kvm, vm.clone(), bus.clone(), shape.max_processors)?;
         let shares = Arc::default();
-        Ok(Self { processors, bus, poller, vm, ram, shape, shares, fresh_from_snapshot: false })
+        Ok(Self { processors, bus, poller, vm, ram, shape, shares, input: None, fresh_from_snapshot: false })
     }
 
     /// Has the machine's shared directories served by `shares`. By default, any directory is, by threads of its own.
     pub fn share_by(&mut self, shares: Arc<Shares>) {
         self.shares = shares;
+    }
+
+    /// Feeds the console with what comes from `source`.
+    ///
+    /// # Errors
+    /// When `source` is of a kind that cannot be watched, such as a regular file.
+    pub fn type_from(&mut self, source: File) -> Result<(), MachineError> {
+        let input = ConsoleInput::attach(source, &self.bus.console, self.poller.clone());
+        self.input = Some(input.map_err(|error| MachineError::Host("console.input: watching it", error))?);
+        Ok(())
     }
 
     /// Puts a kernel into memory and processor 0 at its entry, with `processors` processors in all.
@@ -332,6 +364,19 @@ impl Machine {
         asked.ok_or(MachineError::NoDevice("balloon"))
     }
 
+    /// Has the disk in a slot take the size that its file has by now, and tells the guest of a change. Returns the
+    /// size in bytes.
+    ///
+    /// # Errors
+    /// When there is no disk in the slot, or its file has no size that a disk can have.
+    pub fn refresh_capacity(&self, slot: u8) -> Result<u64, MachineError> {
+        let refreshed = self.bus.slots.with(slot, |transport| {
+            transport.device_as::<Block>().map(|disk| disk.refresh_capacity().map(|_| disk.capacity()))
+        })?;
+        let refreshed = refreshed.flatten().ok_or(MachineError::OtherDevice { slot, what: "disk" })?;
+        refreshed.map_err(|source| MachineError::Disk { slot, source })
+    }
+
     /// Runs `f` on the first device that is a `D`.
     fn first_device<D: VirtioDevice, T>(&self, mut f: impl FnMut(&mut D) -> T) -> Option<T> {
         let slots = (0u8..).take(self.bus.slots.count());
@@ -394,8 +439,10 @@ impl Machine {
     }
 
     /// Works on an event that is the machine's own.
-    pub fn handle(&self, token: Token, events: EventSet) {
+    pub fn handle(&mut self, token: Token, events: EventSet) {
         match token {
+            Token::ConsoleInput => self.input.iter_mut().for_each(|input| input.readable(&self.bus.console)),
+            Token::ConsoleRoom => self.input.iter_mut().for_each(|input| input.room(&self.bus.console)),
             Token::Queue { slot, queue } => self.bus.slots.notified(slot, queue),
             Token::Source { slot, token } => self.bus.slots.source_ready(slot, token, events),
             _ => {}

@@ -17,6 +17,8 @@ pub enum Token {
     Controller(u32),
     /// Someone types on the console.
     ConsoleInput,
+    /// The guest has read what was typed.
+    ConsoleRoom,
     /// The driver of the device in this slot notified this queue.
     Queue {
         /// The slot.
@@ -45,6 +47,7 @@ impl Token {
             Self::ConsoleInput => pack(3, 0, 0),
             Self::Queue { slot, queue } => pack(4, slot, u32::from(queue)),
             Self::Source { slot, token } => pack(5, slot, token),
+            Self::ConsoleRoom => pack(6, 0, 0),
         }
     }
 
@@ -58,6 +61,7 @@ impl Token {
             3 => Self::ConsoleInput,
             4 => Self::Queue { slot, queue: u16::try_from(number).ok()? },
             5 => Self::Source { slot, token: number },
+            6 => Self::ConsoleRoom,
             _ => return None,
         })
     }
@@ -140,6 +144,7 @@ mod tests {
             Token::Listener,
             Token::Controller(u32::MAX),
             Token::ConsoleInput,
+            Token::ConsoleRoom,
             Token::Queue { slot: 255, queue: u16::MAX },
             Token::Source { slot: 7, token: u32::MAX },
         ] {

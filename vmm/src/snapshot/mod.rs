@@ -36,7 +36,7 @@ use crate::{
     devices::serial::ConsoleSink,
     machine::{Machine, MachineError, OpenDevice, ProcessorError, poller::Poller, shares::Shares},
     memory::RamError,
-    resources::{self, Access, Descriptors, ResourceError},
+    resources::{self, Access, ConsoleEnds, Descriptors, ResourceError},
     vcpu::VcpuCommandError,
     virtio::DeviceError,
 };
@@ -144,7 +144,7 @@ pub fn save(
 pub struct Source {
     state: File,
     memory: File,
-    console: Option<File>,
+    console: ConsoleEnds,
     console_rate: u64,
     devices: Vec<(u8, OpenDevice)>,
 }
@@ -157,9 +157,7 @@ impl Source {
     pub fn open(command: &RestoreCommand, descriptors: &Descriptors) -> Result<Self, SnapshotError> {
         let state = descriptors.open("state", &command.state, Access::Read)?;
         let memory = descriptors.open("memory", &command.memory, Access::Read)?;
-        let console = command.console.output.as_ref();
-        let console =
-            console.map(|source| descriptors.open("console.output", source, Access::Append)).transpose()?;
+        let console = ConsoleEnds::open(&command.console, descriptors)?;
         let mut devices = Vec::with_capacity(command.devices.len());
         for (index, device) in command.devices.iter().enumerate() {
             let field = format!("devices[{index}]");
@@ -197,9 +195,10 @@ pub fn restore(
     let state = source.read_state()?;
     let Source { memory, console, console_rate, devices, .. } = source;
     state.check_host()?;
-    let sink = ConsoleSink::new(console, console_rate);
+    let sink = ConsoleSink::new(console.output, console_rate);
     let mut machine = Machine::from_snapshot(kvm, &state, memory, poller, (sink, birth))?;
     machine.share_by(shares);
     state.restore(&mut machine, devices)?;
+    console.input.map(|input| machine.type_from(input)).transpose()?;
     Ok(machine)
 }

@@ -224,6 +224,11 @@ impl Block {
         self.disk.capacity() / SECTOR
     }
 
+    /// The disk's size in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.disk.capacity()
+    }
+
     fn config_space(&self) -> ConfigSpace {
         ConfigSpace {
             capacity: self.capacity_sectors(),

@@ -1,10 +1,14 @@
 //! The host's side of the network card: a tap device.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io,
     mem::size_of,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -54,11 +58,16 @@ pub enum TapError {
     SetUp(&'static str, #[source] io::Error),
 }
 
-/// TUNGETIFF, TUNSETOFFLOAD and TUNSETVNETHDRSZ of linux/if_tun.h. The kernel's numbers name other types than what it
+/// TUNSETIFF, TUNGETIFF, TUNSETOFFLOAD and TUNSETVNETHDRSZ of linux/if_tun.h. The kernel's numbers name other types than what it
 /// takes, as they date from before that mattered.
 mod ioctl {
     use super::size_of;
 
+    nix::ioctl_write_ptr_bad!(
+        set_interface,
+        nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
     nix::ioctl_read_bad!(get_interface, nix::request_code_read!(b'T', 210, size_of::<u32>()), libc::ifreq);
     nix::ioctl_write_int_bad!(set_offload, nix::request_code_write!(b'T', 208, size_of::<u32>()));
     nix::ioctl_write_ptr_bad!(
@@ -76,6 +85,28 @@ pub struct Tap {
 }
 
 impl Tap {
+    /// Attaches to the tap device with this name, which must be there: one that the kernel made for us on the spot
+    /// would lead nowhere.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::NotFound`] when there is none; otherwise the kernel's, such as that somebody else has it.
+    pub fn attach(name: &OsStr) -> io::Result<OwnedFd> {
+        nix::net::if_::if_nametoindex(name).map_err(|_| io::ErrorKind::NotFound)?;
+        let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+        // SAFETY: an ifreq is plain data.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // An interface's name is shorter than the field: the last byte stays 0.
+        let bytes = name.as_bytes().iter().take(request.ifr_name.len() - 1);
+        for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
+            *to = libc::c_char::from_ne_bytes([*from]);
+        }
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or_default();
+        // SAFETY: the kernel reads one ifreq.
+        unsafe { ioctl::set_interface(file.as_raw_fd(), &request) }?;
+        Ok(file.into())
+    }
+
     /// Takes a tap device over: checks what it is, and sets its header size, no offloads, and O_NONBLOCK.
     ///
     /// # Errors

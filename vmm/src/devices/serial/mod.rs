@@ -2,10 +2,15 @@
 
 mod sink;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
 
 pub use sink::{ConsoleMetrics, ConsoleSink};
-use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
+use vm_superio::{Serial, SerialState, Trigger, serial::SerialEvents};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::virtio::mmio::IrqLine;
 
@@ -28,16 +33,49 @@ impl Trigger for SerialIrq {
     }
 }
 
+/// Offset of the interrupt enable register, and its bit for received data.
+const INTERRUPT_ENABLE: u8 = 1;
+const RECEIVED_DATA: u8 = 1;
+
+/// Tells who feeds the console that the guest takes more; nothing, until somebody wants to know.
+#[derive(Default)]
+struct Room(OnceLock<EventFd>);
+
+impl Room {
+    fn signal(&self) {
+        if let Some(event) = self.0.get() {
+            // It fails only when it has been signalled 2^64 times already.
+            let _ = event.write(1);
+        }
+    }
+}
+
+impl SerialEvents for Room {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        self.signal();
+    }
+}
+
+type Uart = Serial<SerialIrq, Arc<Room>, ConsoleSink>;
+
 /// The console, shared by all processors and the thread that feeds its input.
 pub struct Console {
-    uart: Mutex<Serial<SerialIrq, NoEvents, ConsoleSink>>,
+    uart: Mutex<Uart>,
+    room: Arc<Room>,
 }
 
 impl Console {
     /// A console as after power-on.
     #[must_use]
     pub fn new(irq: Arc<dyn IrqLine>, sink: ConsoleSink) -> Self {
-        Self { uart: Mutex::new(Serial::new(SerialIrq(irq), sink)) }
+        let room = Arc::default();
+        Self { uart: Mutex::new(Serial::with_events(SerialIrq(irq), Arc::clone(&room), sink)), room }
     }
 
     /// A console that goes on from a saved state.
@@ -49,12 +87,14 @@ impl Console {
         irq: Arc<dyn IrqLine>,
         sink: ConsoleSink,
     ) -> std::io::Result<Self> {
-        let uart = Serial::from_state(&SerialState::from(state.clone()), SerialIrq(irq), NoEvents, sink)
+        let room: Arc<Room> = Arc::default();
+        let state = SerialState::from(state.clone());
+        let uart = Serial::from_state(&state, SerialIrq(irq), room.clone(), sink)
             .map_err(|_| std::io::ErrorKind::InvalidData)?;
-        Ok(Self { uart: Mutex::new(uart) })
+        Ok(Self { uart: Mutex::new(uart), room })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Serial<SerialIrq, NoEvents, ConsoleSink>> {
+    fn lock(&self) -> MutexGuard<'_, Uart> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -79,11 +119,38 @@ impl Console {
             // The sink never fails; what it cannot take it drops and counts.
             let _ = uart.write(offset, *byte);
         }
+        if offset == INTERRUPT_ENABLE {
+            self.room.signal();
+        }
     }
 
-    /// Types `input` on the console; returns how many bytes its buffer took.
+    /// A descriptor that becomes readable when the guest may take more input.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn watch_room(&self) -> io::Result<RawFd> {
+        if let Some(event) = self.room.0.get() {
+            return Ok(event.as_raw_fd());
+        }
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(self.room.0.get_or_init(|| event).as_raw_fd())
+    }
+
+    /// Takes the event of [`watch_room`](Self::watch_room).
+    pub fn take_room(&self) {
+        if let Some(event) = self.room.0.get() {
+            // Empty when nothing has happened since.
+            let _ = event.read();
+        }
+    }
+
+    /// Types `input` on the console; returns how many bytes its buffer took. A guest whose driver does not listen
+    /// takes none: it would throw them away when it sets up the port.
     pub fn input(&self, input: &[u8]) -> usize {
         let mut uart = self.lock();
+        if uart.state().interrupt_enable & RECEIVED_DATA == 0 {
+            return 0;
+        }
         let room = uart.fifo_capacity().min(input.len());
         input.get(..room).and_then(|input| uart.enqueue_raw_bytes(input).ok()).unwrap_or(0)
     }
@@ -197,6 +264,8 @@ mod tests {
     #[test]
     fn more_input_than_fits_is_left_to_the_sender() {
         let console = Console::new(Arc::new(Edges::default()), ConsoleSink::new(None, 0));
+        assert_eq!(console.input(b"x"), 0, "nobody listens");
+        console.write(SERIAL_PORT + 1, &[1]);
         let taken = console.input(&[b'x'; 1000]);
         assert!(taken < 1000);
         assert_eq!(console.input(b"y"), 0);
