@@ -18,7 +18,7 @@ use crate::directory::{self, DirectoryError, PodDirectory};
 use crate::id::Id;
 use crate::invocation::{Invocation, socket_path};
 use crate::journal::{ProcessId, Resource};
-use crate::{pod::sandbox::OWNER, wire};
+use crate::{pod::host::OWNER, wire};
 
 /// How long a shim that is about to end may take.
 const ENDING: Duration = Duration::from_secs(10);

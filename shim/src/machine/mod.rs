@@ -27,6 +27,8 @@ use tokio::time::{Instant, sleep, timeout};
 use self::console::Console;
 use crate::config;
 use crate::journal::{Journal, JournalError};
+use crate::network::Card;
+use crate::share::IdRange;
 use crate::sizing::Size;
 
 /// How long a guest may take until its agent answers.
@@ -49,6 +51,10 @@ pub struct Plan<'a> {
     pub size: Size,
     /// The directory that it shares, on a mount with shared propagation.
     pub share: PathBuf,
+    /// The host ids that its process has to itself, as whose the share shows its files. None: they are the host's.
+    pub ids: Option<IdRange>,
+    /// Its network cards.
+    pub cards: Vec<Card>,
     /// The pod's directory: absolute, for what lasts.
     pub directory: &'a Path,
     /// The path of the socket to reach the guest by, within this process.
@@ -68,6 +74,9 @@ pub enum MachineError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// An interface whose hardware address no card can have.
+    #[error("interface {0}: its hardware address is none that a network card can have")]
+    Address(String),
     /// The record can't be kept.
     #[error("keep the pod's record")]
     Journal(#[from] JournalError),
@@ -128,7 +137,7 @@ impl Machine {
     ///
     /// # Errors
     /// When any of it fails. What was made is in the record by then; the process is killed.
-    pub async fn boot(plan: Plan<'_>, journal: &mut Journal) -> Result<Machine, MachineError> {
+    pub async fn boot(mut plan: Plan<'_>, journal: &mut Journal) -> Result<Machine, MachineError> {
         let console = Console::default();
         let vmm::Started { mut child, pid, pidfd, mut client, listener } =
             vmm::start(&plan, journal, &console)?;
@@ -140,7 +149,7 @@ impl Machine {
             }
         });
         let guard = KillOnDrop(&pidfd);
-        let (config, files) = vmm::machine(&plan, listener, &console)?;
+        let (config, files) = vmm::machine(&mut plan, listener, &console)?;
         let created = tokio::task::spawn_blocking(move || {
             let descriptors: Vec<_> = files.iter().map(std::os::fd::AsFd::as_fd).collect();
             let result = client.create(config, &descriptors).and_then(|()| client.boot());

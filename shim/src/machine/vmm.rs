@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use caisson_vmm::config::{
     ConsoleConfig, CpuConfig, DeviceConfig, FileSource, FsDevice, KernelConfig, MachineConfig, MemoryConfig,
-    VsockDevice,
+    NetDevice, VsockDevice,
 };
 use caisson_vmm::control;
 use caisson_vmm::devices::fs::FsConfig;
+use caisson_vmm::devices::net::NetConfig;
 use caisson_vmm::devices::vsock::VsockConfig;
 use caisson_vmm::jail::JailConfig;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
@@ -21,11 +22,12 @@ use tokio::process::{Child, Command};
 use super::console::{Console, Speaker};
 use super::{MachineError, Plan, SHARE_TAG, host};
 use crate::journal::{Journal, ProcessId, Resource};
+use crate::network::Card;
 
 /// How long the VMM may take for one answer.
 const ANSWER: Duration = Duration::from_secs(30);
-/// Slots for devices: those from the start, and what is plugged later.
-const SLOTS: u8 = 16;
+/// Slots that are empty at first, for what is plugged later.
+const EMPTY_SLOTS: u8 = 8;
 /// The guest's context id. Each machine has a socket device of its own, so all may have the same.
 const GUEST_CID: u32 = 3;
 
@@ -76,20 +78,29 @@ pub(super) fn start(
 }
 
 fn jail_file(plan: &Plan<'_>) -> Result<String, MachineError> {
-    let config =
-        JailConfig { share: Some(plan.share.clone()), user_namespace: false, ..JailConfig::default() };
+    let share = Some(plan.share.clone());
+    let config = match plan.ids {
+        Some(ids) => JailConfig {
+            share,
+            uid: Some(ids.first),
+            gid: Some(ids.first),
+            id_count: ids.count,
+            ..JailConfig::default()
+        },
+        None => JailConfig { share, user_namespace: false, ..JailConfig::default() },
+    };
     toml::to_string(&config).map_err(|error| host("describe the jail")(std::io::Error::other(error)))
 }
 
 /// What the VMM is told to make, and the files that this names by their number.
 pub(super) fn machine(
-    plan: &Plan<'_>,
+    plan: &mut Plan<'_>,
     listener: UnixListener,
     console: &Console,
 ) -> Result<(MachineConfig, Vec<OwnedFd>), MachineError> {
     let open = |path: &std::path::Path| fs::File::open(path).map_err(host(format!("open {path:?}")));
     let output = console.writer(Speaker::Guest).map_err(host("make a pipe"))?;
-    let files = vec![
+    let mut files = vec![
         output,
         open(&plan.programs.kernel)?.into(),
         open(&plan.programs.initramfs)?.into(),
@@ -103,6 +114,26 @@ pub(super) fn machine(
     };
     let share = FsConfig { tag: SHARE_TAG.into(), ..FsConfig::default() };
     let vcpus = plan.size.vcpus;
+    let mut devices = vec![
+        DeviceConfig::Rng(Default::default()),
+        DeviceConfig::Vsock(vsock),
+        DeviceConfig::Fs(FsDevice { directory: None, options: share }),
+    ];
+    // A tap device is gone with its last descriptor, which is to be the VMM's: none stays here.
+    for Card { interface, tap } in plan.cards.drain(..) {
+        let mac = interface.mac.0.try_into().map_err(|_| MachineError::Address(interface.name.clone()))?;
+        let number = u32::try_from(files.len()).unwrap_or(u32::MAX);
+        files.push(tap);
+        devices.push(DeviceConfig::Net(NetDevice {
+            tap: FileSource::Descriptor(number),
+            options: NetConfig {
+                mac,
+                mtu: u16::try_from(interface.mtu).ok(),
+                receive_limits: Default::default(),
+                send_limits: Default::default(),
+            },
+        }));
+    }
     let config = MachineConfig {
         kernel: KernelConfig {
             image: FileSource::Descriptor(1),
@@ -118,13 +149,9 @@ pub(super) fn machine(
         },
         cpus: CpuConfig { boot: vcpus, max: vcpus },
         console: ConsoleConfig { output: Some(FileSource::Descriptor(0)), ..ConsoleConfig::default() },
-        slots: SLOTS,
+        slots: u8::try_from(devices.len()).unwrap_or(u8::MAX).saturating_add(EMPTY_SLOTS),
         control: Default::default(),
-        devices: vec![
-            DeviceConfig::Rng(Default::default()),
-            DeviceConfig::Vsock(vsock),
-            DeviceConfig::Fs(FsDevice { directory: None, options: share }),
-        ],
+        devices,
     };
     Ok((config, files))
 }

@@ -361,13 +361,13 @@ impl Container {
         Ok(())
     }
 
-    /// What it uses; nothing for the pause container.
+    /// What it uses; for the pause container, what all of the pod costs the host.
     ///
     /// # Errors
     /// The agent's own.
     pub async fn stats(&self) -> Result<v1::StatsResponse, PodError> {
         if self.is_pause() {
-            return Ok(v1::StatsResponse::default());
+            return self.sandbox.stats();
         }
         let request = v1::StatsRequest { container_id: self.id.clone() };
         Ok(self.sandbox.containers().stats(call(request)).await?.into_inner())

@@ -8,10 +8,12 @@ use tonic::Code;
 
 use super::spec::SpecError;
 use crate::bundle::BundleError;
+use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
 use crate::directory::DirectoryError;
 use crate::journal::{CleanError, JournalError};
 use crate::machine::MachineError;
+use crate::network::NetworkError;
 use crate::share::ShareError;
 use crate::sizing::SizingError;
 use crate::streams::ConnectError;
@@ -55,6 +57,12 @@ pub enum PodError {
     /// The machine.
     #[error("the machine")]
     Machine(#[from] MachineError),
+    /// The pod's control group.
+    #[error("the pod's control group")]
+    Cgroup(#[from] CgroupError),
+    /// The pod's network.
+    #[error("the pod's network")]
+    Network(#[from] NetworkError),
     /// The pod's share.
     #[error("the pod's share")]
     Share(#[from] ShareError),
@@ -105,7 +113,13 @@ impl PodError {
             PodError::Machine(MachineError::Silent { .. }) => Code::DeadlineExceeded,
             PodError::Streams(ConnectError::Scheme(_)) => Code::InvalidArgument,
             PodError::Agent(status) => status.code(),
+            PodError::Network(
+                NetworkError::HostNetwork | NetworkError::NotEthernet(_) | NetworkError::TooMany(_),
+            )
+            | PodError::Cgroup(CgroupError::Path(_)) => Code::InvalidArgument,
             PodError::Directory(_)
+            | PodError::Cgroup(_)
+            | PodError::Network(_)
             | PodError::Journal(_)
             | PodError::Machine(_)
             | PodError::Share(_)

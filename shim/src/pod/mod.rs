@@ -3,6 +3,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`sandbox`] | what is made for the pod as a whole, and its end |
+//! | [`host`] | the part of it that is on the host: directory, control group, share, network |
 //! | [`container`] | a container: its files, its configuration, its verbs |
 //! | [`process`] | the life of a process as containerd sees it |
 //! | [`spec`] | the configuration of a container, rewritten for the guest |
@@ -13,6 +14,7 @@
 
 pub mod container;
 pub mod error;
+pub mod host;
 pub mod process;
 pub mod sandbox;
 pub mod spec;
@@ -31,6 +33,7 @@ use crate::bundle::{Role, Spec};
 use crate::config::Config;
 use crate::events::{Event, Events};
 use crate::id::Id;
+use crate::share::Mount;
 
 /// What a pod is known by and made with.
 #[derive(Debug)]
@@ -48,7 +51,7 @@ pub struct Settings {
 /// A pod.
 #[derive(Debug)]
 pub struct Pod {
-    settings: Settings,
+    settings: Arc<Settings>,
     events: Events,
     /// Held while the machine comes or goes.
     sandbox: tokio::sync::Mutex<Option<Arc<Sandbox>>>,
@@ -68,7 +71,7 @@ impl Pod {
     /// A pod that nothing was made for yet.
     pub fn new(settings: Settings, events: Events) -> Pod {
         Pod {
-            settings,
+            settings: Arc::new(settings),
             events,
             sandbox: tokio::sync::Mutex::new(None),
             containers: Mutex::default(),
@@ -90,7 +93,7 @@ impl Pod {
             if id != self.settings.id {
                 return Err(PodError::Invalid(format!("{id} does not belong to pod {}", self.settings.id)));
             }
-            self.bring_up(&text).await?
+            self.bring_up(&text, new.rootfs.clone()).await?
         } else {
             self.sandbox().await?
         };
@@ -255,12 +258,12 @@ impl Pod {
         sandbox.ok_or_else(|| PodError::State(format!("pod {} is not up", self.settings.id)))
     }
 
-    async fn bring_up(&self, text: &[u8]) -> Result<Arc<Sandbox>, PodError> {
+    async fn bring_up(&self, text: &[u8], rootfs: Vec<Mount>) -> Result<Arc<Sandbox>, PodError> {
         let mut place = self.sandbox.lock().await;
         if place.is_some() {
             return Err(PodError::Exists(format!("pod {}", self.settings.id)));
         }
-        let sandbox = Arc::new(Sandbox::create(&self.settings, text).await?);
+        let sandbox = Arc::new(Sandbox::create(&self.settings, text, rootfs).await?);
         sandbox.report_memory_shortage(self.events.clone());
         *place = Some(sandbox.clone());
         Ok(sandbox)

@@ -1,8 +1,5 @@
 //! What is made for a pod as a whole: its directory and record, its share, its machine, the sandbox in the guest.
 
-use std::fs;
-use std::io;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use caisson_protocol::client::with_deadline;
@@ -11,16 +8,14 @@ use caisson_protocol::v1::{self, containers_client::ContainersClient};
 use tonic::transport::Channel;
 
 use super::error::PodError;
+use super::host::{HostSide, Made};
 use super::{Settings, spec};
 use crate::bundle::Spec;
-use crate::directory::PodDirectory;
 use crate::events::{Event, Events};
-use crate::journal::{Journal, ProcessId, Resource};
+use crate::journal::Journal;
 use crate::machine::{Machine, Plan, SHARE_TAG};
-use crate::share::{Owners, Share};
+use crate::share::{Mount, Share};
 
-/// In the pod's directory: the process that owns it, for whoever has to end that.
-pub const OWNER: &str = "shim";
 /// The storage in the guest that is the share.
 const SHARE: &str = "share";
 /// The storage in the guest that is the pod's shared memory.
@@ -37,7 +32,7 @@ pub struct Sandbox {
     machine: Machine,
     share: Arc<Share>,
     /// Taken at the end, when it is undone.
-    directory: Mutex<Option<PodDirectory>>,
+    host: Mutex<Option<HostSide>>,
     journal: Arc<Mutex<Journal>>,
     names: v1::CreateSandboxResponse,
     /// Where the guest's agent has its storages.
@@ -45,58 +40,60 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes all of it. `text` is the configuration of the pod's first container.
+    /// Makes all of it. `text` is the configuration of the pod's first container, `rootfs` its root file system.
     ///
     /// # Errors
     /// When any of it fails; nothing of it is left then.
-    pub async fn create(settings: &Settings, text: &[u8]) -> Result<Sandbox, PodError> {
+    pub async fn create(
+        settings: &Arc<Settings>,
+        text: &[u8],
+        rootfs: Vec<Mount>,
+    ) -> Result<Sandbox, PodError> {
         let wanted = spec::sandbox(text)?;
         let annotations = serde_json::from_slice::<Spec>(text).map_err(spec::SpecError::from)?.annotations;
         let config = settings.config.clone().for_pod(&annotations)?;
         let size = config.sizing.size(&annotations)?;
-        let (root, namespace, id) = (settings.root.clone(), settings.namespace.clone(), settings.id.clone());
-        let directory =
-            tokio::task::spawn_blocking(move || PodDirectory::create(&root, &namespace, &id)).await??;
-        let made = async {
-            let mut journal = directory.journal()?;
-            let path = directory.path().to_owned();
-            write_owner(&path, &mut journal)?;
-            let (share, mut journal) = tokio::task::spawn_blocking(move || {
-                let share = Share::make(&mut journal, &path, Owners::Host)?;
-                Ok::<_, PodError>((share, journal))
-            })
-            .await??;
+        let (for_host, wanted_there) = (settings.clone(), wanted.clone());
+        let (host, made) =
+            tokio::task::spawn_blocking(move || HostSide::make(&for_host, &wanted_there, &rootfs)).await??;
+        let Made { share, ids, network, mut journal } = made;
+        let (cards, network) = network.map(|attached| (attached.cards, attached.description)).unzip();
+        let started = async {
             let plan = Plan {
                 programs: &config.machine,
                 size,
                 share: share.path().to_owned(),
-                directory: directory.path(),
-                socket: directory.short_path("vsock"),
-                socket_record: directory.path().join("vsock"),
+                ids,
+                cards: cards.unwrap_or_default(),
+                directory: host.path(),
+                socket: host.short_path("vsock"),
+                socket_record: host.path().join("vsock"),
             };
             let machine = Machine::boot(plan, &mut journal).await?;
-            let request = with_deadline(request(settings, wanted, size.vcpus), CREATE);
-            let names = match machine.agent().sandbox().create_sandbox(request).await {
-                Ok(names) => names.into_inner(),
+            let mut request = request(settings, wanted, size.vcpus);
+            request.network = network.as_ref().map(Into::into);
+            match machine.agent().sandbox().create_sandbox(with_deadline(request, CREATE)).await {
+                Ok(names) => Ok((machine, names.into_inner())),
                 Err(status) => {
                     machine.kill();
                     machine.ended().await;
-                    return Err(status.into());
+                    Err(PodError::from(status))
                 }
-            };
-            Ok((machine, share, journal, names))
+            }
         };
-        match made.await {
-            Ok((machine, share, journal, names)) => Ok(Sandbox {
+        match started.await {
+            Ok((machine, names)) => Ok(Sandbox {
                 storages: format!("{}/storage", machine.agent().version().root),
                 machine,
                 share: Arc::new(share),
-                directory: Mutex::new(Some(directory)),
+                host: Mutex::new(Some(host)),
                 journal: Arc::new(Mutex::new(journal)),
                 names,
             }),
             Err(error) => {
-                clean(directory).await;
+                if let Err(left) = undo(host).await {
+                    tracing::error!(error = left.one_line(), "something of the pod is left");
+                }
                 Err(error)
             }
         }
@@ -156,35 +153,34 @@ impl Sandbox {
         });
     }
 
+    /// What all of the pod costs the host.
+    ///
+    /// # Errors
+    /// When the control group can't be read.
+    pub fn stats(&self) -> Result<v1::StatsResponse, PodError> {
+        let host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        match host.as_ref().and_then(HostSide::cgroup) {
+            Some(cgroup) => Ok(cgroup.stats()?),
+            None => Ok(v1::StatsResponse::default()),
+        }
+    }
+
     /// Ends the machine in order and undoes everything that was made for the pod. A second time it does nothing.
     ///
     /// # Errors
     /// When something is left, which the record then still holds.
     pub async fn destroy(&self) -> Result<(), PodError> {
         self.machine.stop().await;
-        let directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(directory) = directory else { return Ok(()) };
-        Ok(tokio::task::spawn_blocking(move || directory.clean()).await??)
-    }
-}
-
-fn write_owner(directory: &Path, journal: &mut Journal) -> Result<(), PodError> {
-    let path = directory.join(OWNER);
-    let failed = |source| PodError::Io { action: "write", path: path.clone(), source };
-    journal.record(Resource::File(path.clone()))?;
-    let this = i32::try_from(std::process::id()).map_err(|error| failed(io::Error::other(error)))?;
-    let process = ProcessId::of(this).and_then(|process| Ok(serde_json::to_vec(&process)?));
-    process.and_then(|text| fs::write(&path, text)).map_err(failed)
-}
-
-async fn clean(directory: PodDirectory) {
-    match tokio::task::spawn_blocking(move || directory.clean()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::error!(error = PodError::from(error).one_line(), "something of the pod is left");
+        let host = self.host.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match host {
+            Some(host) => undo(host).await,
+            None => Ok(()),
         }
-        Err(error) => tracing::error!(%error, "something of the pod may be left"),
     }
+}
+
+async fn undo(host: HostSide) -> Result<(), PodError> {
+    Ok(tokio::task::spawn_blocking(move || host.undo()).await??)
 }
 
 fn request(settings: &Settings, wanted: spec::SandboxSpec, vcpus: u8) -> v1::CreateSandboxRequest {
