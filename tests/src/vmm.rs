@@ -335,7 +335,8 @@ impl Drop for Vmm {
     }
 }
 
-/// Runs `caisson-vmm` with a machine file's text, in a jail or not, and returns its exit code and standard error.
+/// Runs `caisson-vmm` with a machine file's text, in a jail or not, and returns its exit code and standard
+/// error.
 ///
 /// # Errors
 /// When it cannot be started.

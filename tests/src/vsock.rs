@@ -1,7 +1,7 @@
 //! A guest of our own VMM with a vsock device and `vsock-guest` as its `/init`.
 //!
-//! The machine runs inside the test's process, through the VMM's library: what is under test is the device on real
-//! KVM with a real driver, so the jail and the control API stay out of the way.
+//! The machine runs inside the test's process, through the VMM's library: what is under test is the device on
+//! real KVM with a real driver, so the jail and the control API stay out of the way.
 
 use std::{
     io::{Read, Write},

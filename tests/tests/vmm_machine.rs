@@ -116,8 +116,8 @@ fn bad_input_is_one_line_and_leaves_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The guest does what a mailbox (its first disk, in slot 0) says: bind the driver of slot 2 and read the disk there;
-/// then see that the slot is empty.
+/// The guest does what a mailbox (its first disk, in slot 0) says: bind the driver of slot 2 and read the
+/// disk there; then see that the slot is empty.
 const HOTPLUG_GUEST: &str = "
 driver=/sys/bus/platform/drivers/virtio-mmio
 wait_for() {

@@ -128,7 +128,8 @@ fn what_is_not_a_whole_snapshot_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// By a person, without a controller: the machine file that the machine was made from says what its devices are on.
+/// By a person, without a controller: the machine file that the machine was made from says what its devices
+/// are on.
 #[test]
 fn a_saved_machine_goes_on_by_the_command_line() -> Result<()> {
     let script = "

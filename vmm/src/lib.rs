@@ -18,8 +18,8 @@
 //! | [`rate_limiter`] | token buckets for bytes and operations |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
 //!
-//! The guest is hostile. Whatever it can influence (descriptors, registers, indices, packets) is validated and
-//! bounded where it enters; nothing it does may panic, stall or grow this process without limit.
+//! The guest is hostile. Whatever it can influence (descriptors, registers, indices, packets) is validated
+//! and bounded where it enters; nothing it does may panic, stall or grow this process without limit.
 
 pub mod boot;
 pub mod config;

@@ -29,8 +29,9 @@ struct Arguments {
     /// The machine file (TOML, or JSON by its name): boot this machine.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Go on from the snapshot in this directory: its files `state` and `memory`. The console, the control socket and
-    /// the devices are those of the machine file, if one is given too; without one, the console is standard output.
+    /// Go on from the snapshot in this directory: its files `state` and `memory`. The console, the control
+    /// socket and the devices are those of the machine file, if one is given too; without one, the console is
+    /// standard output.
     #[arg(long, value_name = "DIRECTORY")]
     restore: Option<PathBuf>,
     /// Take requests on this descriptor: a unix socket of type SOCK_SEQPACKET, listening or connected.
@@ -112,8 +113,8 @@ impl<'a> Origin<'a> {
     }
 }
 
-/// Goes into the jail, if there is to be one. The process that stays outside never returns: it removes `sockets`, and
-/// ends as the one inside has.
+/// Goes into the jail, if there is to be one. The process that stays outside never returns: it removes
+/// `sockets`, and ends as the one inside has.
 fn enter(
     supervisor: &mut Supervisor,
     jail: Option<JailConfig>,

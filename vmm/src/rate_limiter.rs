@@ -1,8 +1,8 @@
 //! Token buckets that hold a device to a rate of bytes and of operations.
 //!
 //! A bucket of `size` tokens fills at `size` per `refill_ms`, so `size` bounds a burst and the quotient the
-//! sustained rate. A request that is larger than the whole bucket passes when the bucket is full and leaves it in
-//! debt: it is slowed like any other, and not stuck for ever.
+//! sustained rate. A request that is larger than the whole bucket passes when the bucket is full and leaves
+//! it in debt: it is slowed like any other, and not stuck for ever.
 
 use std::{
     io,
@@ -53,7 +53,8 @@ pub enum RateLimitError {
     Timer(#[source] io::Error),
 }
 
-/// A bucket at work. Time is given to it, in nanoseconds since its creation, so that it is tested without a clock.
+/// A bucket at work. Time is given to it, in nanoseconds since its creation, so that it is tested without a
+/// clock.
 #[derive(Clone, Copy, Debug)]
 struct TokenBucket {
     size: i128,
@@ -154,8 +155,8 @@ impl RateLimiter {
         self.timer.as_ref().map(|timer| timer.as_fd().as_raw_fd())
     }
 
-    /// Asks for one operation of so many bytes. When the answer is no, nothing was taken, the timer is set, and the
-    /// answer stays no until the timer has expired.
+    /// Asks for one operation of so many bytes. When the answer is no, nothing was taken, the timer is set,
+    /// and the answer stays no until the timer has expired.
     ///
     /// # Errors
     /// When the timer cannot be set.
@@ -282,8 +283,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the pattern of requests, no more passes than the bucket, its burst, what came in since, and one
-        /// overdraft; and what is told to wait passes when that time is up.
+        /// Whatever the pattern of requests, no more passes than the bucket, its burst, what came in since,
+        /// and one overdraft; and what is told to wait passes when that time is up.
         #[test]
         fn the_rate_holds(
             size in 1u64..1 << 40, refill_ms in 1u64..1 << 40, burst in 0u64..1 << 40,

@@ -1,7 +1,7 @@
 //! What a machine needs from the host, opened before it runs.
 //!
-//! This is the only place that opens files. It runs in the launcher, with the host in view; the machine that is
-//! made from its result runs where nothing can be opened.
+//! This is the only place that opens files. It runs in the launcher, with the host in view; the machine that
+//! is made from its result runs where nothing can be opened.
 
 use std::{
     fs::{File, OpenOptions},
@@ -102,7 +102,8 @@ impl Descriptors {
         let descriptor = match self {
             Self::Inherited => {
                 let raw = i32::try_from(number).map_err(|_| missing())?;
-                // SAFETY: the borrow ends with the call below, which fails cleanly on a number that is not open.
+                // SAFETY: the borrow ends with the call below, which fails cleanly on a number that is not
+                // open.
                 let inherited = unsafe { BorrowedFd::borrow_raw(raw) };
                 duplicate(inherited)?
             }

@@ -18,7 +18,8 @@ use crate::memory::{
     layout::{HIGH_MEMORY, LOW_END, PAGE_SIZE},
 };
 
-/// How far into a bzImage's protected-mode code its 64-bit entry point is (Linux x86 boot protocol, 64-bit boot).
+/// How far into a bzImage's protected-mode code its 64-bit entry point is (Linux x86 boot protocol, 64-bit
+/// boot).
 const BZIMAGE_ENTRY_64: u64 = 0x200;
 /// `XLF_KERNEL_64` in the setup header's `xloadflags`: the 64-bit entry point exists.
 const XLF_KERNEL_64: u16 = 1;
@@ -105,8 +106,8 @@ pub fn load_kernel(ram: &GuestRam, file: &File, protocol: Protocol) -> Result<Lo
     }
 }
 
-/// Copies the image into memory. Mapping its file there instead would share nothing, since a kernel rewrites nearly all
-/// of its pages when it adapts itself to its processor, and would cost a fault for each of them.
+/// Copies the image into memory. Mapping its file there instead would share nothing, since a kernel rewrites
+/// nearly all of its pages when it adapts itself to its processor, and would cost a fault for each of them.
 fn load_with<L: KernelLoader>(ram: &GuestRam, file: &File) -> Result<KernelLoaderResult, loader::Error> {
     L::load(ram.mem().as_ref(), None, &mut &*file, Some(GuestAddress(HIGH_MEMORY)))
 }

@@ -1,8 +1,8 @@
 //! The MP table (Intel MultiProcessor Specification 1.4): how a kernel without ACPI learns of processors and
 //! interrupt routes.
 //!
-//! Every processor that the machine may ever have is listed as enabled: Linux counts only those as possible. With
-//! `maxcpus=` on its command line it starts just the first ones and leaves the others parked.
+//! Every processor that the machine may ever have is listed as enabled: Linux counts only those as possible.
+//! With `maxcpus=` on its command line it starts just the first ones and leaves the others parked.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 

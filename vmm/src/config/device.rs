@@ -61,8 +61,8 @@ pub struct BlockDevice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetDevice {
-    /// The tap device: the name of one that is there, or a descriptor (`fd:N`) that was attached with TUNSETIFF
-    /// (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`). A process in a jail takes descriptors alone.
+    /// The tap device: the name of one that is there, or a descriptor (`fd:N`) that was attached with
+    /// TUNSETIFF (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`). A process in a jail takes descriptors alone.
     pub tap: FileSource,
     /// The card itself.
     pub options: NetConfig,
@@ -72,7 +72,8 @@ pub struct NetDevice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsDevice {
-    /// The directory. In a jail it must be left out: the jail's own share is served, and no other can be reached.
+    /// The directory. In a jail it must be left out: the jail's own share is served, and no other can be
+    /// reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<FileSource>,
     /// How it is shared.
@@ -83,11 +84,12 @@ pub struct FsDevice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockDevice {
-    /// Where the host's clients connect to reach the guest: a path, at which a socket is made, or a socket that
-    /// listens.
+    /// Where the host's clients connect to reach the guest: a path, at which a socket is made, or a socket
+    /// that listens.
     pub socket: FileSource,
-    /// Who serves the guest's connections to the host: a unix socket over which the other process is sent one end
-    /// of each. Without, and with `socket` a path, the guest's connection to port N goes to the socket `<path>_N`.
+    /// Who serves the guest's connections to the host: a unix socket over which the other process is sent one
+    /// end of each. Without, and with `socket` a path, the guest's connection to port N goes to the socket
+    /// `<path>_N`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dialer: Option<FileSource>,
     /// The ports that whoever is at the other end of `dialer` serves.

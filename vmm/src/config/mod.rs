@@ -19,9 +19,9 @@
 //! output = "/dev/stdout"
 //! ```
 //!
-//! Files are named by path, or as `fd:N`: descriptor N of those that the process was started with, or that came
-//! with the request. The format is TOML, or JSON when the file's name ends in `.json`. Unknown keys are errors, and
-//! every error names the field that is at fault.
+//! Files are named by path, or as `fd:N`: descriptor N of those that the process was started with, or that
+//! came with the request. The format is TOML, or JSON when the file's name ends in `.json`. Unknown keys are
+//! errors, and every error names the field that is at fault.
 
 mod device;
 mod source;
@@ -140,7 +140,8 @@ pub struct ConsoleConfig {
     /// Where its output goes; nowhere when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<FileSource>,
-    /// Where what is typed on it comes from, such as `/dev/stdin`: a terminal, a pipe or a socket, but no regular file.
+    /// Where what is typed on it comes from, such as `/dev/stdin`: a terminal, a pipe or a socket, but no
+    /// regular file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<FileSource>,
     /// The most that is written there, in bytes per second.
@@ -303,8 +304,8 @@ impl MachineConfig {
         let mut line = CommandLine::new()?;
         // A failed kernel must end the machine: reboot by triple fault, at once after a panic.
         line.push("panic=-1 reboot=t")?;
-        // With one processor online the kernel would take the lock prefixes out of itself, and put them back when
-        // the next one comes: thousands of rewritten instructions each time.
+        // With one processor online the kernel would take the lock prefixes out of itself, and put them back
+        // when the next one comes: thousands of rewritten instructions each time.
         line.push("noreplace-smp")?;
         // No PS/2 controller answers; looking for one takes a third of a second.
         line.push("i8042.noaux i8042.nomux i8042.dumbkbd")?;

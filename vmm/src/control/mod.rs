@@ -9,8 +9,8 @@
 //! | [`supervisor`] | the event loop that ties a machine and its controllers together |
 //!
 //! The socket is of type `SOCK_SEQPACKET`, made by whoever starts the process (one end of a pair, or one that
-//! listens) or from the machine file. A request may carry descriptors (`SCM_RIGHTS`); in its file names, `fd:0` is
-//! the first of them.
+//! listens) or from the machine file. A request may carry descriptors (`SCM_RIGHTS`); in its file names,
+//! `fd:0` is the first of them.
 
 pub mod client;
 pub mod protocol;

@@ -91,9 +91,9 @@ pub struct RestoreCommand {
 }
 
 impl RestoreCommand {
-    /// What goes on from the files `state` and `memory` in a directory. Its console and its devices are those of a
-    /// machine file, such as the one that the saved machine was made from; without one, the console goes to standard
-    /// output, and there are no devices that need something from the host.
+    /// What goes on from the files `state` and `memory` in a directory. Its console and its devices are those
+    /// of a machine file, such as the one that the saved machine was made from; without one, the console goes
+    /// to standard output, and there are no devices that need something from the host.
     #[must_use]
     pub fn from_directory(directory: &Path, machine: Option<&MachineConfig>) -> Self {
         let to_stdout = || ConsoleConfig { output: Some(FileSource::Descriptor(1)), ..Default::default() };

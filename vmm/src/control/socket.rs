@@ -29,7 +29,8 @@ pub const MAX_DESCRIPTORS: usize = 64;
 pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     let listener = new_socket()?;
     let address = UnixAddr::new(path)?;
-    // The socket's mode is set by the mask at bind(2); changing it afterwards would leave a moment in between.
+    // The socket's mode is set by the mask at bind(2); changing it afterwards would leave a moment in
+    // between.
     let before = umask(Mode::S_IRWXG | Mode::S_IRWXO);
     let bound = bind(listener.as_raw_fd(), &address);
     umask(before);

@@ -40,8 +40,8 @@ pub enum DeviceState {
 }
 
 impl DeviceState {
-    /// The saved queues of an active device, in order; empty for one that was not active. The transport rebuilds
-    /// the device's [`Activation`](crate::virtio::Activation) from them.
+    /// The saved queues of an active device, in order; empty for one that was not active. The transport
+    /// rebuilds the device's [`Activation`](crate::virtio::Activation) from them.
     #[must_use]
     pub fn queues(&self) -> &[SavedQueue] {
         match self {

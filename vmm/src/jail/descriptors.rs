@@ -11,8 +11,9 @@ use super::{JailError, step};
 
 /// The descriptors that a process was started with.
 ///
-/// Noted first of all, it tells later which ones the process has opened itself and so wants to keep. Of those that it
-/// was started with it makes duplicates if it wants them: whatever else a careless parent left open is closed.
+/// Noted first of all, it tells later which ones the process has opened itself and so wants to keep. Of those
+/// that it was started with it makes duplicates if it wants them: whatever else a careless parent left open
+/// is closed.
 #[derive(Debug)]
 pub struct Inherited(BTreeSet<RawFd>);
 

@@ -1,4 +1,5 @@
-//! The new root: an empty, read-only directory of its own, with nothing in it but what the configuration names.
+//! The new root: an empty, read-only directory of its own, with nothing in it but what the configuration
+//! names.
 
 use std::{
     fs, io,
@@ -53,7 +54,8 @@ pub(super) fn enter(config: &JailConfig) -> Result<(), JailError> {
         .map_err(step("making the new root read-only"))?;
 
     chdir(SCAFFOLD).map_err(step("entering the new root"))?;
-    // With one directory for both, the old root ends up mounted over the new one, from where it is taken away.
+    // With one directory for both, the old root ends up mounted over the new one, from where it is taken
+    // away.
     pivot_root(".", ".").map_err(step("changing the root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("unmounting the old root"))?;
     chdir("/").map_err(step("entering the new root"))?;
@@ -82,8 +84,8 @@ fn bind(source: &OwnedFd, target: &Path) -> io::Result<()> {
     fs::create_dir(target)?;
     let from = format!("/proc/self/fd/{}", source.as_raw_fd());
     mount(Some(from.as_str()), target, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
-    // A bind remount sets all flags anew, so those that the mount has are asked for again: inside a user namespace
-    // they may not be taken away.
+    // A bind remount sets all flags anew, so those that the mount has are asked for again: inside a user
+    // namespace they may not be taken away.
     let kept = fstatvfs(source)?.flags();
     let mut flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     for (has, flag) in [

@@ -1,9 +1,10 @@
 //! The jail: what is left to a process whose guest has broken out of its virtual machine.
 //!
-//! The process first opens everything it will ever need, then [enters](Jail::enter), and only then builds the machine
-//! and runs guest code. From the entry on it has: the descriptors that it was told to keep, and nothing else. In
-//! particular no view of the host's files, processes, network or IPC, no capability, no way to gain one, and an
-//! identity that it shares with nobody. Seccomp ([`crate::seccomp`]) comes on top, thread by thread.
+//! The process first opens everything it will ever need, then [enters](Jail::enter), and only then builds the
+//! machine and runs guest code. From the entry on it has: the descriptors that it was told to keep, and
+//! nothing else. In particular no view of the host's files, processes, network or IPC, no capability, no way
+//! to gain one, and an identity that it shares with nobody. Seccomp ([`crate::seccomp`]) comes on top, thread
+//! by thread.
 //!
 //! | module | owns |
 //! |---|---|
@@ -14,23 +15,24 @@
 //!
 //! # Two processes
 //! A PID namespace needs a fork: only children are inside. The process that was started stays outside as the
-//! *supervisor*. It holds no descriptor and no privilege either; all it does is wait. The inner process, PID 1 of its
-//! namespace, is the VMM.
+//! *supervisor*. It holds no descriptor and no privilege either; all it does is wait. The inner process, PID
+//! 1 of its namespace, is the VMM.
 //!
-//! - The inner one ends: the supervisor ends the same way, with the same exit code or by the same signal, so whoever
-//!   started it sees what happened.
-//! - The supervisor is asked to end (SIGTERM, SIGINT, SIGHUP): it kills the inner one, and then ends by that signal.
+//! - The inner one ends: the supervisor ends the same way, with the same exit code or by the same signal, so
+//!   whoever started it sees what happened.
+//! - The supervisor is asked to end (SIGTERM, SIGINT, SIGHUP): it kills the inner one, and then ends by that
+//!   signal.
 //! - The supervisor ends for any other reason (SIGKILL, the OOM killer): the kernel kills the inner one
 //!   (`PR_SET_PDEATHSIG`), and with it, as it is PID 1, everything in the namespace.
 //!
-//! The virtual machine has to be made inside, as KVM ties it to the memory of the process that made it; so has guest
-//! memory, which a fork would have to copy on write.
+//! The virtual machine has to be made inside, as KVM ties it to the memory of the process that made it; so
+//! has guest memory, which a fork would have to copy on write.
 //!
 //! # As root and as somebody else
-//! Real root makes the namespaces while it is root of the host, so that they belong to the host: nobody inside has a
-//! say in them. Then it takes a user namespace of its own in which only the VM's own ids exist, and becomes one of
-//! them. Anybody else takes the user namespace first, because that is what allows the others; whether the host
-//! permits that is up to its administrator.
+//! Real root makes the namespaces while it is root of the host, so that they belong to the host: nobody
+//! inside has a say in them. Then it takes a user namespace of its own in which only the VM's own ids exist,
+//! and becomes one of them. Anybody else takes the user namespace first, because that is what allows the
+//! others; whether the host permits that is up to its administrator.
 
 mod descriptors;
 mod filesystem;
@@ -67,26 +69,26 @@ use crate::seccomp;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JailConfig {
-    /// The host user id to run as, the first of [`id_count`](Self::id_count). Must be nobody else's. Only with root's
-    /// privileges; by default one made from the process id, which is unique among running VMMs.
+    /// The host user id to run as, the first of [`id_count`](Self::id_count). Must be nobody else's. Only
+    /// with root's privileges; by default one made from the process id, which is unique among running VMMs.
     pub uid: Option<u32>,
     /// The host group id to run as, likewise.
     pub gid: Option<u32>,
-    /// How many host ids from `uid` and `gid` on exist inside, counted from 0: as many as the owners of files in the
-    /// share need. Only with root's privileges.
+    /// How many host ids from `uid` and `gid` on exist inside, counted from 0: as many as the owners of files
+    /// in the share need. Only with root's privileges.
     pub id_count: u32,
-    /// Take a user namespace. Without one the owners of files in the share are the host's; to be used for a share
-    /// that cannot be id-mapped, and only with root's privileges, as all others need it.
+    /// Take a user namespace. Without one the owners of files in the share are the host's; to be used for a
+    /// share that cannot be id-mapped, and only with root's privileges, as all others need it.
     pub user_namespace: bool,
-    /// A directory that is served to the guest. It appears as [`SHARE`]; what is mounted into it later on the host
-    /// appears as well, provided that it is on a mount with shared propagation.
+    /// A directory that is served to the guest. It appears as [`SHARE`]; what is mounted into it later on the
+    /// host appears as well, provided that it is on a mount with shared propagation.
     pub share: Option<PathBuf>,
     /// A directory with unix sockets to connect to. It appears as [`SOCKETS`].
     pub sockets: Option<PathBuf>,
     /// The directory of a cgroup to join.
     pub cgroup: Option<PathBuf>,
-    /// The most descriptors that may be open at once; by default 4,096, and 20,480 with a share, whose files each take
-    /// one. Never more than the limit the process came with.
+    /// The most descriptors that may be open at once; by default 4,096, and 20,480 with a share, whose files
+    /// each take one. Never more than the limit the process came with.
     pub max_open_files: Option<u64>,
     /// The longest file that may be written, in bytes. Disks, snapshots and logs are files.
     pub max_file_size: Option<u64>,
@@ -219,9 +221,9 @@ struct Confinement {
 
 static CONFINEMENT: OnceLock<Confinement> = OnceLock::new();
 
-/// The last step, taken by each thread for itself before it runs anything that a guest has a hand in: gives up the
-/// capabilities for the share, or takes them if it serves it, and installs the filter for its kind. In a process that
-/// is not jailed it does nothing.
+/// The last step, taken by each thread for itself before it runs anything that a guest has a hand in: gives
+/// up the capabilities for the share, or takes them if it serves it, and installs the filter for its kind. In
+/// a process that is not jailed it does nothing.
 ///
 /// # Errors
 /// When the kernel refuses. The thread must not go on.
@@ -261,13 +263,13 @@ struct Ids {
     count: u32,
 }
 
-/// From here on up there are ids for VMMs that were given none: beyond what distributions and container runtimes
-/// hand out, and below 2^32 for any process id.
+/// From here on up there are ids for VMMs that were given none: beyond what distributions and container
+/// runtimes hand out, and below 2^32 for any process id.
 const DEFAULT_ID_BASE: u32 = 0x7800_0000;
 
 impl Jail {
-    /// Checks the configuration. Besides standard input, output and error, the descriptors in `keep` survive the
-    /// entry, and no others.
+    /// Checks the configuration. Besides standard input, output and error, the descriptors in `keep` survive
+    /// the entry, and no others.
     ///
     /// # Errors
     /// When the configuration makes no sense, or asks for what this user cannot have.
@@ -287,8 +289,9 @@ impl Jail {
         Ok(Self { config, keep, ids, remove: Vec::new() })
     }
 
-    /// Has the supervisor remove files at the end, such as sockets that the process made: from inside they cannot be
-    /// reached. For that the supervisor keeps, besides its user, the capabilities to change any directory.
+    /// Has the supervisor remove files at the end, such as sockets that the process made: from inside they
+    /// cannot be reached. For that the supervisor keeps, besides its user, the capabilities to change any
+    /// directory.
     #[must_use]
     pub fn removing(mut self, paths: impl IntoIterator<Item = PathBuf>) -> Self {
         self.remove.extend(paths);

@@ -33,7 +33,8 @@ const MAX_THREADS: u64 = 512;
 /// What may be locked in memory: io_uring's rings, on kernels that charge them there.
 const MAX_LOCKED: u64 = 16 << 20;
 
-/// `SECBIT_NOROOT` and its lock (capabilities(7)): being user 0 of a namespace brings no capability on execve.
+/// `SECBIT_NOROOT` and its lock (capabilities(7)): being user 0 of a namespace brings no capability on
+/// execve.
 const SECBITS: libc::c_ulong = 0b11;
 
 /// How much of the Landlock rules is in force.
@@ -113,8 +114,8 @@ pub fn raise_share_capabilities() -> Result<(), JailError> {
     caps::set(None, CapSet::Effective, &set).map_err(JailError::Capabilities)
 }
 
-/// Gives up, in the calling thread and those that it starts, what [`raise_share_capabilities`] needs. To be called
-/// by every thread that does not serve the share before it runs anything that a guest has a hand in.
+/// Gives up, in the calling thread and those that it starts, what [`raise_share_capabilities`] needs. To be
+/// called by every thread that does not serve the share before it runs anything that a guest has a hand in.
 ///
 /// # Errors
 /// When the kernel refuses, which it has no reason to.
@@ -129,8 +130,8 @@ fn set_secbits() -> Result<(), JailError> {
     if result == 0 { Ok(()) } else { Err(step("setting secure bits")(io::Error::last_os_error())) }
 }
 
-/// Landlock: no file can be reached by its path, except for those of the share; no TCP; no abstract sockets and no
-/// signals to processes outside.
+/// Landlock: no file can be reached by its path, except for those of the share; no TCP; no abstract sockets
+/// and no signals to processes outside.
 pub(super) fn confine_paths(share: bool) -> Result<LandlockStatus, JailError> {
     landlock_rules(share).map_err(|error| JailError::Landlock(error.into()))
 }

@@ -84,8 +84,8 @@ pub(super) fn die_with(link: &UnixStream) -> Result<(), JailError> {
 
 /// Serves the inner process, gives up every privilege, and waits for its end.
 ///
-/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take, `remove` are
-/// files that go at the end.
+/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take,
+/// `remove` are files that go at the end.
 pub(super) fn supervise(
     child: Pid,
     mut link: UnixStream,
@@ -108,7 +108,8 @@ pub(super) fn supervise(
     prepared.and(ended)
 }
 
-/// Waits for the request and writes the maps. An inner process that ended before it asked is none of our errors.
+/// Waits for the request and writes the maps. An inner process that ended before it asked is none of our
+/// errors.
 fn map_ids(child: Pid, link: &mut UnixStream, ids: Ids) -> Result<(), JailError> {
     if link.read_exact(&mut [0]).is_err() {
         return Ok(());
@@ -119,9 +120,9 @@ fn map_ids(child: Pid, link: &mut UnixStream, ids: Ids) -> Result<(), JailError>
     link.write_all(&[0]).map_err(|_| JailError::OtherSideGone)
 }
 
-/// The same walls as inside, as far as they make sense for a process that only waits. No Landlock: the kernel would
-/// keep the signal that ends the inner process within its limits. Its user is the inner one's, whom it could therefore
-/// signal; the reverse is not so, as the inner one cannot even name it.
+/// The same walls as inside, as far as they make sense for a process that only waits. No Landlock: the kernel
+/// would keep the signal that ends the inner process within its limits. Its user is the inner one's, whom it
+/// could therefore signal; the reverse is not so, as the inner one cannot even name it.
 fn confine(own: Option<Ids>, removes: bool) -> Result<(), JailError> {
     let ids = own.map(|ids| (Uid::from_raw(ids.uid), Gid::from_raw(ids.gid)));
     // Who is not root owns what it made.
@@ -145,7 +146,8 @@ fn awaited() -> SigSet {
     TOLD_TO_END.into_iter().chain([Signal::SIGCHLD]).collect()
 }
 
-/// Waits for the end of the inner process, and brings it about when this one is told to end. The signals are blocked ([`hold_signals`]).
+/// Waits for the end of the inner process, and brings it about when this one is told to end. The signals are
+/// blocked ([`hold_signals`]).
 fn wait(child: Pid) -> Result<Ended, JailError> {
     let signals = awaited();
     let mut told = None;

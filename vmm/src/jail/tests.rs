@@ -1,5 +1,5 @@
-//! The jail is entered for real, by a child of the test; what it sees there it tells through a descriptor that it was
-//! allowed to keep. These tests need root, or a host that lets users have namespaces.
+//! The jail is entered for real, by a child of the test; what it sees there it tells through a descriptor
+//! that it was allowed to keep. These tests need root, or a host that lets users have namespaces.
 
 use std::{
     fs::File,
@@ -41,7 +41,8 @@ struct Jailed {
 impl Jailed {
     fn start(config: JailConfig, body: impl FnOnce(Inside, &mut File) -> i32) -> Self {
         let (read, write) = pipe().unwrap();
-        // SAFETY: the child runs the jail and the body and exits; the C library keeps its allocator usable over a fork.
+        // SAFETY: the child runs the jail and the body and exits; the C library keeps its allocator usable
+        // over a fork.
         match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => {
                 drop(write);
@@ -100,7 +101,8 @@ fn jailed(config: JailConfig, body: impl FnOnce(Inside, &mut File) -> i32) -> Ou
     Jailed::start(config, body).finish()
 }
 
-/// What /proc says of a process that is still in its jail. `line` is its first, by which the test knows that it is.
+/// What /proc says of a process that is still in its jail. `line` is its first, by which the test knows that
+/// it is.
 fn host_view(jailed: &mut Jailed) -> (Pid, String) {
     assert_eq!(jailed.line(), "inside");
     let children = format!("/proc/{0}/task/{0}/children", jailed.supervisor);
@@ -137,7 +139,8 @@ fn nothing_is_left() {
     assert_eq!(*field(&status, "NSpid").last().unwrap(), "1");
     let uid = field(&status, "Uid");
     assert!(uid.iter().all(|id| *id == uid[0] && *id != "0"), "{uid:?}");
-    // A process that cannot be dumped belongs to root in /proc, and only root sees more of it than its status.
+    // A process that cannot be dumped belongs to root in /proc, and only root sees more of it than its
+    // status.
     assert_eq!(std::fs::metadata(format!("/proc/{inner}/mem")).unwrap().uid(), 0);
     if !is_root().unwrap() {
         assert!(std::fs::read_link(format!("/proc/{inner}/ns/user")).is_err());

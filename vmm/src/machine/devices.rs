@@ -114,7 +114,8 @@ impl Workshop<'_> {
             (DeviceState::Net(state), Some(OpenDevice::Net(_, tap))) => {
                 Box::new(Net::from_state(state.clone(), tap)?)
             }
-            // The one device whose options may differ: every machine from a template has an address of its own.
+            // The one device whose options may differ: every machine from a template has an address of its
+            // own.
             (DeviceState::Vsock(state), Some(OpenDevice::Vsock(config, host))) => {
                 Box::new(Vsock::from_state(state, config, host)?)
             }
@@ -138,8 +139,9 @@ impl Workshop<'_> {
         let slot = self.ram.hotplug_slot().ok_or(DeviceBuildError::NoHotplugMemory)?;
         let first_slot = u32::try_from(self.ram.boot_slots().len()).unwrap_or_default();
         let region = HostRegion { guest: slot.guest, host: slot.host, len: slot.len, first_slot };
-        // SAFETY: the range is one of the mappings of `ram`, which outlives the virtual machine (both belong to the
-        // machine, and this device keeps the memory too). The machine itself uses only the slots before.
+        // SAFETY: the range is one of the mappings of `ram`, which outlives the virtual machine (both belong
+        // to the machine, and this device keeps the memory too). The machine itself uses only the slots
+        // before.
         Ok(Arc::new(unsafe { KvmBlocks::new(self.vm.clone(), self.ram.clone(), region) }))
     }
 }

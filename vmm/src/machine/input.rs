@@ -1,5 +1,5 @@
-//! What is typed on the console: from a descriptor of the host to the guest's serial port, no faster than the guest
-//! reads it.
+//! What is typed on the console: from a descriptor of the host to the guest's serial port, no faster than the
+//! guest reads it.
 
 use std::{
     fs::File,
@@ -18,8 +18,8 @@ const CHUNK: usize = 64;
 
 /// The sender of a console's input.
 ///
-/// The descriptor is watched only while nothing that came from it is left over: input that the guest does not take
-/// stays with whoever sends it, and nobody is woken for it.
+/// The descriptor is watched only while nothing that came from it is left over: input that the guest does not
+/// take stays with whoever sends it, and nobody is woken for it.
 pub(super) struct ConsoleInput {
     source: File,
     poller: Arc<Poller>,

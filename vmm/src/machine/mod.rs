@@ -11,8 +11,8 @@
 //! | `processors` | virtual processors: created, started, paused |
 //!
 //! A machine is put together in steps, each of which can fail alone: [`Machine::new`] makes an empty one,
-//! [`Machine::load`] puts a kernel into it, [`Machine::resume`] lets it run. None of them opens a file: what a
-//! machine needs from the host was opened before (see [`resources`](crate::resources)).
+//! [`Machine::load`] puts a kernel into it, [`Machine::resume`] lets it run. None of them opens a file: what
+//! a machine needs from the host was opened before (see [`resources`](crate::resources)).
 
 mod bus;
 mod devices;
@@ -224,7 +224,8 @@ impl Machine {
         Ok(Self { processors, bus, poller, vm, ram, shape, shares, input: None, fresh_from_snapshot: false })
     }
 
-    /// Has the machine's shared directories served by `shares`. By default, any directory is, by threads of its own.
+    /// Has the machine's shared directories served by `shares`. By default, any directory is, by threads of
+    /// its own.
     pub fn share_by(&mut self, shares: Arc<Shares>) {
         self.shares = shares;
     }
@@ -364,8 +365,8 @@ impl Machine {
         asked.ok_or(MachineError::NoDevice("balloon"))
     }
 
-    /// Has the disk in a slot take the size that its file has by now, and tells the guest of a change. Returns the
-    /// size in bytes.
+    /// Has the disk in a slot take the size that its file has by now, and tells the guest of a change.
+    /// Returns the size in bytes.
     ///
     /// # Errors
     /// When there is no disk in the slot, or its file has no size that a disk can have.
@@ -475,8 +476,8 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, MachineError> {
             userspace_addr: slot.host,
         };
         debug_assert_eq!(region.flags & KVM_MEM_LOG_DIRTY_PAGES, 0);
-        // SAFETY: the range is one of `ram`'s mappings, which the machine keeps until after KVM's descriptor is
-        // closed, and which overlaps no other.
+        // SAFETY: the range is one of `ram`'s mappings, which the machine keeps until after KVM's descriptor
+        // is closed, and which overlaps no other.
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("handing over guest memory"))?;
     }
     Ok(vm)

@@ -90,8 +90,8 @@ impl Processors {
         self.start(0, vcpu)
     }
 
-    /// Makes processors until there are `count`. The guest may bring the new ones up from now on; until then each
-    /// waits inside KVM.
+    /// Makes processors until there are `count`. The guest may bring the new ones up from now on; until then
+    /// each waits inside KVM.
     ///
     /// # Errors
     /// When the machine was not made for as many, or the host refuses.

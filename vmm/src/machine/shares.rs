@@ -34,8 +34,8 @@ impl Default for Shares {
 }
 
 impl Shares {
-    /// A jail's share. `descriptors` is the process's own `/proc/self/fd`. To be called right after the jail was
-    /// entered, before the calling thread gives up what the share takes.
+    /// A jail's share. `descriptors` is the process's own `/proc/self/fd`. To be called right after the jail
+    /// was entered, before the calling thread gives up what the share takes.
     ///
     /// # Errors
     /// When the threads can't be started.

@@ -201,8 +201,8 @@ impl Slots {
         Ok(())
     }
 
-    /// Takes the device out of a slot, which from then on is a placeholder again. Its driver must have let go of
-    /// it, unless `force` says that the guest is not asked.
+    /// Takes the device out of a slot, which from then on is a placeholder again. Its driver must have let go
+    /// of it, unless `force` says that the guest is not asked.
     ///
     /// # Errors
     /// When the slot is empty or its driver is still bound.

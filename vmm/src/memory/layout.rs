@@ -57,8 +57,8 @@ pub const LAPIC: u32 = 0xfee0_0000;
 /// Physical address of the I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 
-/// Hotpluggable memory starts at a multiple of this, which is also a multiple of any Linux memory block size that
-/// a guest of this VMM can choose.
+/// Hotpluggable memory starts at a multiple of this, which is also a multiple of any Linux memory block size
+/// that a guest of this VMM can choose.
 pub const HOTPLUG_ALIGN: u64 = 1 << 31;
 
 /// The start and length of each region of boot memory.

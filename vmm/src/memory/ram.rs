@@ -27,8 +27,8 @@ pub enum Backing {
 pub enum HugePages {
     /// Only as the host's own policy has it.
     Off,
-    /// Ask for transparent huge pages. A guest's boot touches almost all of what it touches at all close together:
-    /// a fault for each 2 MiB instead of each 4 KiB saves a third of all instructions of a boot.
+    /// Ask for transparent huge pages. A guest's boot touches almost all of what it touches at all close
+    /// together: a fault for each 2 MiB instead of each 4 KiB saves a third of all instructions of a boot.
     #[default]
     Transparent,
     /// Take 2 MiB pages from the host's pool.
@@ -128,7 +128,8 @@ impl GuestRam {
         Ok(Self { mem: Arc::new(mem), config, file_parts: Vec::new() })
     }
 
-    /// Maps memory that was saved to `file`, privately. The file must never change while the memory is in use.
+    /// Maps memory that was saved to `file`, privately. The file must never change while the memory is in
+    /// use.
     ///
     /// # Errors
     /// When the file has another length than the memory, or the host refuses.
@@ -225,8 +226,9 @@ impl GuestRam {
             Backing::Anonymous => libc::MADV_DONTNEED,
             Backing::Memfd => libc::MADV_REMOVE,
         };
-        // SAFETY: the range lies inside this region's mapping, which lives as long as `self`, and guest memory is
-        // only ever accessed as volatile bytes, to which turning zero is one more change from outside.
+        // SAFETY: the range lies inside this region's mapping, which lives as long as `self`, and guest
+        // memory is only ever accessed as volatile bytes, to which turning zero is one more change from
+        // outside.
         let done = unsafe { libc::madvise(host, bytes, advice) };
         if done == 0 {
             return Ok(());
@@ -240,8 +242,8 @@ impl GuestRam {
     fn replace(&self, host: *mut libc::c_void, start: u64, len: usize) -> io::Result<()> {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        // SAFETY: the range lies inside one of this memory's own mappings, so nothing else is replaced, and the
-        // new mapping grants the same access.
+        // SAFETY: the range lies inside one of this memory's own mappings, so nothing else is replaced, and
+        // the new mapping grants the same access.
         let mapped = unsafe { libc::mmap(host, len, prot, flags, -1, 0) };
         if mapped != libc::MAP_FAILED {
             return Ok(());
@@ -302,8 +304,8 @@ fn region(start: u64, len: u64, config: &RamConfig) -> Result<GuestRegionMmap<()
 
 /// Asks for huge pages, on a host whose kernel has them.
 ///
-/// They need an address that is a multiple of 2 MiB, here and in the guest; Linux 6.7 and newer choose such an address
-/// for a mapping of that size by themselves.
+/// They need an address that is a multiple of 2 MiB, here and in the guest; Linux 6.7 and newer choose such
+/// an address for a mapping of that size by themselves.
 fn advise_huge(mapping: &MmapRegion<()>) -> io::Result<()> {
     // SAFETY: the range is exactly this mapping; the advice changes nothing about its content.
     let advised = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };

@@ -1,7 +1,7 @@
 //! Small guests, each doing one thing that a kernel does early and that only real virtualization gets right.
 //!
-//! Each is a few instructions in 64 KiB of memory, without interrupt controller or devices. It tells what it did by
-//! writing bytes to an I/O port, then halts; every other exit is a failure.
+//! Each is a few instructions in 64 KiB of memory, without interrupt controller or devices. It tells what it
+//! did by writing bytes to an I/O port, then halts; every other exit is a failure.
 
 use std::{
     arch::global_asm,
@@ -114,8 +114,9 @@ const DATA_SELECTOR: u16 = 0x10;
 /// The null descriptor, 64-bit code and data of privilege 0 (Intel SDM vol. 3A, 3.4.5).
 const GDT_TABLE: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
-// Nothing here refers to an address of this process: the code is copied to CODE in the guest's memory and runs
-// there. RBX holds the XSAVE area (0x6000), which the host cannot forget to pass since it is in the code.
+// Nothing here refers to an address of this process: the code is copied to CODE in the guest's memory and
+// runs there. RBX holds the XSAVE area (0x6000), which the host cannot forget to pass since it is in the
+// code.
 global_asm!(
     ".pushsection .rodata.caisson_probe, \"a\"",
     ".global caisson_probe_real",
@@ -186,8 +187,8 @@ unsafe extern "C" {
 
 /// The bytes between two labels of the assembly above.
 fn between(start: *const u8, end: *const u8) -> &'static [u8] {
-    // SAFETY: both are labels in one read-only section, `end` after `start`, with initialised bytes in between that
-    // live as long as the program.
+    // SAFETY: both are labels in one read-only section, `end` after `start`, with initialised bytes in
+    // between that live as long as the program.
     unsafe { slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
 }
 
@@ -196,7 +197,8 @@ fn int3_handler() -> u64 {
     CODE + between(&raw const caisson_probe_int3, &raw const caisson_probe_int3_handler).len() as u64
 }
 
-/// Builds and runs one guest. Returns [`GuestFailure::Hung`] once `expired` is set and KVM_RUN was interrupted.
+/// Builds and runs one guest. Returns [`GuestFailure::Hung`] once `expired` is set and KVM_RUN was
+/// interrupted.
 pub(super) fn run(kvm: &Kvm, test: GuestTest, expired: &AtomicBool) -> Result<(), GuestFailure> {
     let memory = build_memory(test)?;
     let vm = build_vm(kvm, &memory)?;

@@ -1,9 +1,10 @@
 //! A KVM probe that tells the truth.
 //!
-//! `/dev/kvm` that opens, and even one that answers every question, proves little: paravirtual implementations
-//! exist that run small programs well and lose a Linux kernel in its first instructions. So the probe looks at
-//! what the CPU offers, asks for every capability that the machine needs, and then *runs* small guests that do
-//! what a kernel does (see [`GuestTest`]). It ends within a given time whatever the kernel does.
+//! `/dev/kvm` that opens, and even one that answers every question, proves little: paravirtual
+//! implementations exist that run small programs well and lose a Linux kernel in its first instructions. So
+//! the probe looks at what the CPU offers, asks for every capability that the machine needs, and then *runs*
+//! small guests that do what a kernel does (see [`GuestTest`]). It ends within a given time whatever the
+//! kernel does.
 //!
 //! | module | owns |
 //! |---|---|
@@ -197,8 +198,8 @@ pub fn probe(timeout: Duration) -> Verdict {
 
 /// Probes the KVM device at another path.
 ///
-/// Installs a handler that does nothing for the last real-time signal (`SIGRTMAX`), by which a guest that does not
-/// end is interrupted.
+/// Installs a handler that does nothing for the last real-time signal (`SIGRTMAX`), by which a guest that
+/// does not end is interrupted.
 pub fn probe_at(device: &Path, timeout: Duration) -> Verdict {
     let host = HostFacts::read();
     let kvm = match open(device) {
@@ -218,8 +219,8 @@ pub fn probe_at(device: &Path, timeout: Duration) -> Verdict {
 
 fn open(device: &Path) -> io::Result<Kvm> {
     let file = fs::File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(device)?;
-    // SAFETY: the descriptor is open and its ownership passes to `Kvm`. If it is not the KVM device, its ioctls fail
-    // (the API version is asked for before anything else).
+    // SAFETY: the descriptor is open and its ownership passes to `Kvm`. If it is not the KVM device, its
+    // ioctls fail (the API version is asked for before anything else).
     Ok(unsafe { Kvm::from_raw_fd(file.into_raw_fd()) })
 }
 
@@ -254,8 +255,8 @@ type GuestsResult = Result<(), (GuestTest, GuestFailure)>;
 fn judge(host: &HostFacts, guests: GuestsResult) -> Verdict {
     match (host.vendor, guests) {
         (_, Err((_, GuestFailure::Busy))) => Verdict::Busy,
-        // KVM proper does not load without the flag, so whatever answered is something else, even if it ran the
-        // guests well.
+        // KVM proper does not load without the flag, so whatever answered is something else, even if it ran
+        // the guests well.
         (None, outcome) => Verdict::Paravirtual { failed: outcome.err() },
         (Some(vendor), Ok(())) => Verdict::Hardware { vendor, nested: host.under_hypervisor },
         (Some(_), Err((test, failure))) => Verdict::Broken { test, failure },

@@ -2,7 +2,8 @@
 
 use super::Thread;
 
-/// What has to be so about a call's arguments. Only their lower 32 bits are looked at, which is all that these have.
+/// What has to be so about a call's arguments. Only their lower 32 bits are looked at, which is all that
+/// these have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Check {
     /// Nothing.
@@ -31,8 +32,8 @@ const MMAP: Call = (libc::SYS_mmap, Check::Without { argument: 2, bits: EXECUTE 
 const MPROTECT: Call = (libc::SYS_mprotect, Check::Without { argument: 2, bits: EXECUTE });
 const EXECUTE: u64 = libc::PROT_EXEC as u64;
 
-/// Looking at a descriptor, and making another one for the same thing. (Debug builds of the standard library look at
-/// each one that they close.)
+/// Looking at a descriptor, and making another one for the same thing. (Debug builds of the standard library
+/// look at each one that they close.)
 const FCNTL: Call = (
     libc::SYS_fcntl,
     Check::OneOf {
@@ -50,17 +51,18 @@ const FCNTL: Call = (
 const SOCKET_PAIR: Call =
     (libc::SYS_socketpair, Check::OneOf { argument: 0, values: &[libc::AF_UNIX as u64] });
 
-/// What the main thread is told not to exist, as whoever asks can do without it. It has to be in the list of what
-/// passes, too: both filters see a call, and the stricter answer wins.
+/// What the main thread is told not to exist, as whoever asks can do without it. It has to be in the list of
+/// what passes, too: both filters see a call, and the stricter answer wins.
 pub(super) const REFUSED: &[i64] = &[
     // The C library makes threads by it, and falls back to clone, whose flags are where a filter sees them.
     libc::SYS_clone3,
-    // A controller names a file by its path: it has to hand over a descriptor, and learns that from the error.
+    // A controller names a file by its path: it has to hand over a descriptor, and learns that from the
+    // error.
     libc::SYS_openat,
     // A socket in the host's view is removed by the supervisor outside; whoever made it tries in vain.
     libc::SYS_unlink,
-    // A guest dials a port, and the machine was set up to find it by a path: that is a refused connection, and no
-    // reason to end. Ports are found by a descriptor here.
+    // A guest dials a port, and the machine was set up to find it by a path: that is a refused connection,
+    // and no reason to end. Ports are found by a descriptor here.
     libc::SYS_socket,
 ];
 
@@ -196,7 +198,8 @@ const DEVICES: &[Call] = &[
     any(libc::SYS_tgkill),
 ];
 
-/// The main thread, for its controller: what plugging devices, adding processors and saving the machine takes.
+/// The main thread, for its controller: what plugging devices, adding processors and saving the machine
+/// takes.
 const CONTROL: &[Call] = &[
     any(libc::SYS_eventfd2),
     any(libc::SYS_timerfd_create),
@@ -230,8 +233,8 @@ const CONTROL: &[Call] = &[
 const BLOCK: &[Call] =
     &[any(libc::SYS_preadv2), any(libc::SYS_pwritev2), any(libc::SYS_fdatasync), any(libc::SYS_fallocate)];
 
-/// A shared directory's worker: everything about files that the guest may ask for, always on descriptors. Its own
-/// directory and mask are made before the filter is installed.
+/// A shared directory's worker: everything about files that the guest may ask for, always on descriptors. Its
+/// own directory and mask are made before the filter is installed.
 const FS: &[Call] = &[
     // Finding, opening, looking.
     any(libc::SYS_openat), // within /proc/self/fd

@@ -1,14 +1,14 @@
 //! System call filters, one for each kind of thread, installed after everything else.
 //!
-//! What a filter does not name ends the process. Each thread installs its own before it touches anything that a
-//! guest has a hand in. A thread starts with the filter of the one that made it, and a call must pass both, so a
-//! thread that makes others has what they need; the tables say so where it is the only reason.
+//! What a filter does not name ends the process. Each thread installs its own before it touches anything that
+//! a guest has a hand in. A thread starts with the filter of the one that made it, and a call must pass both,
+//! so a thread that makes others has what they need; the tables say so where it is the only reason.
 //!
-//! Arguments are looked at where the number of a call says too little: requests of ioctl, protection of mappings,
-//! families of sockets, flags of clone. Memory can never be made executable.
+//! Arguments are looked at where the number of a call says too little: requests of ioctl, protection of
+//! mappings, families of sockets, flags of clone. Memory can never be made executable.
 //!
-//! To find out what a filter lacks, run with [`Mode::Log`]: the kernel then lets everything pass and writes what it
-//! would have killed to the audit log (`journalctl -k`, lines with `type=1326` and `syscall=`).
+//! To find out what a filter lacks, run with [`Mode::Log`]: the kernel then lets everything pass and writes
+//! what it would have killed to the audit log (`journalctl -k`, lines with `type=1326` and `syscall=`).
 
 mod filters;
 #[cfg(test)]
@@ -27,7 +27,8 @@ use seccompiler::{
 pub enum Thread {
     /// Runs a virtual processor.
     Vcpu,
-    /// The main thread: its event loop runs all devices that need no thread of their own, and the control API.
+    /// The main thread: its event loop runs all devices that need no thread of their own, and the control
+    /// API.
     Devices,
     /// Waits for a block device's files.
     Block,
@@ -44,8 +45,8 @@ pub enum Mode {
     /// The process ends with SIGSYS.
     #[default]
     Kill,
-    /// It passes, and is logged by the kernel. For finding out what is missing, never for running a guest that is
-    /// not trusted.
+    /// It passes, and is logged by the kernel. For finding out what is missing, never for running a guest
+    /// that is not trusted.
     Log,
 }
 

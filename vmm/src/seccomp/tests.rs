@@ -16,7 +16,8 @@ use super::*;
 
 /// Runs `body` in a child of its own; how that ended.
 fn in_child(body: impl FnOnce() -> bool) -> WaitStatus {
-    // SAFETY: the child does nothing but the body and its end; the C library keeps its allocator usable over a fork.
+    // SAFETY: the child does nothing but the body and its end; the C library keeps its allocator usable over
+    // a fork.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => waitpid(child, None).unwrap(),
         ForkResult::Child => {

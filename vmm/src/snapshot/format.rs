@@ -7,7 +7,8 @@
 //! | 12 | 4 | length of what follows the header |
 //! | 16 | 4 | CRC-32 of it |
 //!
-//! All numbers are little-endian. The version counts changes of the state's structure: no version reads another's.
+//! All numbers are little-endian. The version counts changes of the state's structure: no version reads
+//! another's.
 
 use super::MachineState;
 

@@ -7,12 +7,12 @@
 //! | `vcpu` | the state of a processor, in the order that KVM needs |
 //! | `vm` | the interrupt controllers and the clock |
 //!
-//! A snapshot is two files. The state file is small and read as a whole. The memory file is as long as the machine's
-//! memory, with holes where it is zero; a restored machine maps it privately and reads what it touches. It must
-//! therefore never change while a machine runs from it. Any number of machines may.
+//! A snapshot is two files. The state file is small and read as a whole. The memory file is as long as the
+//! machine's memory, with holes where it is zero; a restored machine maps it privately and reads what it
+//! touches. It must therefore never change while a machine runs from it. Any number of machines may.
 //!
-//! A *template* is an ordinary snapshot of a machine whose slots are empty save for what needs nothing from the host:
-//! whoever restores it plugs the rest.
+//! A *template* is an ordinary snapshot of a machine whose slots are empty save for what needs nothing from
+//! the host: whoever restores it plugs the rest.
 
 pub mod format;
 pub mod state;
@@ -181,8 +181,8 @@ impl Source {
     }
 }
 
-/// Makes a machine from a snapshot, paused. `birth` is where its times count from, `shares` is what serves its shared
-/// directories.
+/// Makes a machine from a snapshot, paused. `birth` is where its times count from, `shares` is what serves
+/// its shared directories.
 ///
 /// # Errors
 /// When the snapshot is not understood, does not fit this host, or something does not take its saved state.

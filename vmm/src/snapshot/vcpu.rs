@@ -49,8 +49,8 @@ fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> SnapshotError
 }
 
 impl VcpuState {
-    /// Reads a processor at rest. MP_STATE comes first, as reading it settles what else depends on it; events come
-    /// last, as reading the others may turn pending ones into injected ones.
+    /// Reads a processor at rest. MP_STATE comes first, as reading it settles what else depends on it; events
+    /// come last, as reading the others may turn pending ones into injected ones.
     pub(super) fn of(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self, SnapshotError> {
         let mp_state = vcpu.get_mp_state().map_err(failed("saving MP_STATE"))?;
         let regs = vcpu.get_regs().map_err(failed("saving registers"))?;
@@ -112,9 +112,9 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Snapshot
     Ok(values)
 }
 
-/// Orders the TSC before the deadline that is relative to it. A deadline of 0 means that the timer is off, or that
-/// it has fired but its interrupt is not in the APIC yet; restored as 0 that interrupt would be lost, so it becomes
-/// a deadline that has just passed.
+/// Orders the TSC before the deadline that is relative to it. A deadline of 0 means that the timer is off, or
+/// that it has fired but its interrupt is not in the APIC yet; restored as 0 that interrupt would be lost, so
+/// it becomes a deadline that has just passed.
 fn settle_timer(values: &mut Vec<(u32, u64)>) {
     let find = |values: &[(u32, u64)], index| values.iter().position(|(i, _)| *i == index);
     let Some(tsc_at) = find(values, MSR_TSC) else { return };

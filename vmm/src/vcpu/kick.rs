@@ -1,7 +1,7 @@
 //! Getting a thread out of `KVM_RUN` from another thread.
 //!
-//! A signal ends `KVM_RUN`, but one that arrives just before the call would be lost; its handler therefore also
-//! sets `kvm_run.immediate_exit`, which makes the call return at once.
+//! A signal ends `KVM_RUN`, but one that arrives just before the call would be lost; its handler therefore
+//! also sets `kvm_run.immediate_exit`, which makes the call return at once.
 
 use std::{
     cell::Cell,
@@ -34,8 +34,8 @@ extern "C" fn handle(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_vo
 fn request_exit() {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: `Kickable` sets the pointer for as long as the processor's shared page is mapped, on the same
-        // thread that this runs on.
+        // SAFETY: `Kickable` sets the pointer for as long as the processor's shared page is mapped, on the
+        // same thread that this runs on.
         unsafe { (*flag).store(1, Ordering::Relaxed) };
     }
 }

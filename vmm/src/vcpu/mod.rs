@@ -6,9 +6,9 @@
 //! | [`registers`] | the state in which the first processor enters the kernel |
 //! | [`thread`] | the thread that runs one processor, and how it is paused and stopped |
 //!
-//! A processor that the guest may bring up later does not exist until the machine is resized: the MP table names
-//! it, KVM drops interrupts to it, and only [`thread::VcpuThread::spawn`] makes it real. From then on it waits
-//! inside KVM for the guest's INIT and SIPI.
+//! A processor that the guest may bring up later does not exist until the machine is resized: the MP table
+//! names it, KVM drops interrupts to it, and only [`thread::VcpuThread::spawn`] makes it real. From then on
+//! it waits inside KVM for the guest's INIT and SIPI.
 
 pub mod cpuid;
 mod kick;

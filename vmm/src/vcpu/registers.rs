@@ -83,8 +83,8 @@ pub fn set_firmware_msrs(vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
 
 /// Enables all of `states` for XSAVE, on every processor.
 ///
-/// Where XSETBV does not reach KVM (QEMU's emulation of SVM lets a nested guest execute it), KVM would go on to run the
-/// guest without the states that it has enabled, and CPUID would tell it the wrong size for them.
+/// Where XSETBV does not reach KVM (QEMU's emulation of SVM lets a nested guest execute it), KVM would go on
+/// to run the guest without the states that it has enabled, and CPUID would tell it the wrong size for them.
 ///
 /// # Errors
 /// When KVM refuses.

@@ -20,8 +20,8 @@ use crate::machine::ExitReason;
 /// Small, since the thread does no more than look up a register: less than it takes to serve a device.
 const STACK_SIZE: usize = 128 << 10;
 
-/// What a processor reaches by port and memory-mapped I/O. Reads start from all ones, as on a bus where nothing
-/// answers.
+/// What a processor reaches by port and memory-mapped I/O. Reads start from all ones, as on a bus where
+/// nothing answers.
 pub trait Bus: Send + Sync {
     /// `in` from a port.
     fn port_read(&self, port: u16, data: &mut [u8]);
@@ -107,8 +107,8 @@ impl VcpuThread {
         self.send(Command::Resume)
     }
 
-    /// Runs `f` on the processor's own thread, where KVM answers fastest, and returns its result. The processor
-    /// must be paused for a result that means anything.
+    /// Runs `f` on the processor's own thread, where KVM answers fastest, and returns its result. The
+    /// processor must be paused for a result that means anything.
     ///
     /// # Errors
     /// When its thread is gone.
@@ -229,8 +229,8 @@ impl Runner {
                 Some(ExitReason::Fault(format!("KVM could not enter the guest (hardware reason {code:#x})")))
             }
             Ok(VcpuExit::InternalError) => Some(self.internal_error()),
-            // With the interrupt controller in the kernel a halted processor stays there, so anything else is an
-            // exit that was not enabled.
+            // With the interrupt controller in the kernel a halted processor stays there, so anything else is
+            // an exit that was not enabled.
             Ok(other) => Some(ExitReason::Fault(format!("unexpected exit from KVM: {other:?}"))),
             Err(error) if error.errno() == libc::EINTR => {
                 self.vcpu.clear();

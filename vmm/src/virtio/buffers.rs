@@ -55,8 +55,8 @@ pub fn pop_chain<'m>(
     if available.0 == queue.next_avail() {
         return Ok(None);
     }
-    // The iterator ends early, without an error, when it cannot read the ring. A caller that goes on until there
-    // are no more chains would then never finish, so an end where an entry was announced is an error.
+    // The iterator ends early, without an error, when it cannot read the ring. A caller that goes on until
+    // there are no more chains would then never finish, so an end where an entry was announced is an error.
     match queue.iter(mem)?.next() {
         Some(chain) => Ok(Some(chain)),
         None => Err(virtio_queue::Error::InvalidAvailRingIndex),
@@ -65,15 +65,17 @@ pub fn pop_chain<'m>(
 
 /// A sequence of buffers in guest memory, laid out for readv(2) and its kin.
 ///
-/// It keeps the memory mapped for as long as it lives, so it may be handed to another thread or to the kernel.
+/// It keeps the memory mapped for as long as it lives, so it may be handed to another thread or to the
+/// kernel.
 pub struct GuestBuffers {
     mem: GuestMem,
     vecs: Vec<libc::iovec>,
     len: usize,
 }
 
-// SAFETY: the pointers are into memory that `mem`, shared by reference count, keeps mapped; the memory is accessed
-// only through system calls and volatile copies, as any other thread (a vCPU's) may access it at the same time.
+// SAFETY: the pointers are into memory that `mem`, shared by reference count, keeps mapped; the memory is
+// accessed only through system calls and volatile copies, as any other thread (a vCPU's) may access it at the
+// same time.
 unsafe impl Send for GuestBuffers {}
 
 impl fmt::Debug for GuestBuffers {

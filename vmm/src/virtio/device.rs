@@ -30,8 +30,8 @@ pub enum DeviceId {
 
 /// How a device tells its driver that something happened.
 ///
-/// The transport implements it over an irqfd and its interrupt status register; tests implement it as a counter.
-/// Devices call it only after the state that the driver will read is in guest memory.
+/// The transport implements it over an irqfd and its interrupt status register; tests implement it as a
+/// counter. Devices call it only after the state that the driver will read is in guest memory.
 pub trait Interrupt: Send + Sync {
     /// Used buffers were added to the queue with this index.
     fn signal_queue(&self, index: usize);
@@ -46,10 +46,12 @@ pub trait Interrupt: Send + Sync {
 pub struct Activation {
     /// The guest's memory.
     pub mem: GuestMem,
-    /// The configured queues, in order, as many as [`VirtioDevice::queue_sizes`] names. Each was checked by the
-    /// transport ([`virtio_queue::QueueT::is_valid`]) unless the driver left it disabled (`ready() == false`).
+    /// The configured queues, in order, as many as [`VirtioDevice::queue_sizes`] names. Each was checked by
+    /// the transport ([`virtio_queue::QueueT::is_valid`]) unless the driver left it disabled
+    /// (`ready() == false`).
     pub queues: Vec<Queue>,
-    /// The feature bits that the driver accepted: a subset of [`VirtioDevice::features`] and the transport's own.
+    /// The feature bits that the driver accepted: a subset of [`VirtioDevice::features`] and the transport's
+    /// own.
     pub features: u64,
     /// Where to raise interrupts.
     pub interrupt: Arc<dyn Interrupt>,
@@ -76,8 +78,8 @@ pub enum ActivateError {
 
 /// Why a device gave up on its driver, or lost its backend.
 ///
-/// The transport answers by setting DEVICE_NEEDS_RESET and leaving the device alone until it is reset: a hostile
-/// driver ends its own device and nothing else.
+/// The transport answers by setting DEVICE_NEEDS_RESET and leaving the device alone until it is reset: a
+/// hostile driver ends its own device and nothing else.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The driver broke the protocol in a way that leaves no defined next step.
@@ -104,8 +106,8 @@ pub enum DeviceError {
 
 /// A host-side descriptor that a device wants to be woken for.
 ///
-/// Sources are fixed from construction to drop. A device with a changing set (vsock's connections) nests them in
-/// an epoll instance of its own and names that one.
+/// Sources are fixed from construction to drop. A device with a changing set (vsock's connections) nests them
+/// in an epoll instance of its own and names that one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PollSource {
     /// The descriptor, owned by the device.
@@ -133,8 +135,8 @@ pub enum DeviceEvent {
 /// A virtio device, apart from its transport.
 ///
 /// One event loop thread calls [`process`](Self::process); register accesses arrive from vCPU threads. The
-/// transport serialises all calls with a lock, so a device needs none of its own, and no method may block on the
-/// guest, on a peer or on slow I/O: a bounded amount of work, then return.
+/// transport serialises all calls with a lock, so a device needs none of its own, and no method may block on
+/// the guest, on a peer or on slow I/O: a bounded amount of work, then return.
 pub trait VirtioDevice: Any + Send {
     /// What kind of device this is.
     fn id(&self) -> DeviceId;
@@ -146,8 +148,8 @@ pub trait VirtioDevice: Any + Send {
     /// The largest size of each queue. Its length is the number of queues and never changes.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Reads the device's configuration space. Bytes beyond its end are left as they are (the transport zeroes
-    /// `data` first).
+    /// Reads the device's configuration space. Bytes beyond its end are left as they are (the transport
+    /// zeroes `data` first).
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
     /// Writes the device's configuration space. Anything that is not writable is ignored.
@@ -172,8 +174,9 @@ pub trait VirtioDevice: Any + Send {
     /// When the device cannot go on; see [`DeviceError`].
     fn process(&mut self, event: DeviceEvent) -> Result<(), DeviceError>;
 
-    /// The device's state, queues included, for a snapshot. Called while all vCPUs are paused; the device first
-    /// finishes or takes back what is in flight, so that the memory saved afterwards is consistent with it.
+    /// The device's state, queues included, for a snapshot. Called while all vCPUs are paused; the device
+    /// first finishes or takes back what is in flight, so that the memory saved afterwards is consistent with
+    /// it.
     ///
     /// The counterpart is the device's own constructor from its state, followed by
     /// [`activate`](Self::activate) with the restored queues when the device was active.

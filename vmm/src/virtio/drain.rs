@@ -11,13 +11,13 @@ use crate::memory::GuestMem;
 pub enum Drained {
     /// Nothing: the driver notifies when there is more.
     All,
-    /// Perhaps something. The driver was not asked to notify, so the device has to come back by itself, after other
-    /// devices had their turn.
+    /// Perhaps something. The driver was not asked to notify, so the device has to come back by itself, after
+    /// other devices had their turn.
     NotAll,
 }
 
-/// Takes chains from a queue, at most as many as it has entries, and completes each with the number of bytes that
-/// `handle` says were written to it. A queue that the driver left disabled has none.
+/// Takes chains from a queue, at most as many as it has entries, and completes each with the number of bytes
+/// that `handle` says were written to it. A queue that the driver left disabled has none.
 ///
 /// # Errors
 /// When the ring is broken, or `handle` gives up.

@@ -52,7 +52,8 @@ impl MockQueue {
     /// VIRTQ_DESC_F_INDIRECT
     pub(crate) const INDIRECT: u16 = 4;
 
-    /// An empty queue of `size` entries, its rings from `base` on. They take less than 0x40 + 26 × `size` bytes.
+    /// An empty queue of `size` entries, its rings from `base` on. They take less than 0x40 + 26 × `size`
+    /// bytes.
     pub(crate) fn new(mem: &GuestMem, base: u64, size: u16) -> Self {
         let table = base;
         let available = table + 16 * u64::from(size);

@@ -119,8 +119,8 @@ fn with_libraries(
     Ok(())
 }
 
-/// The kernel, but at each of its entry points it says that it was entered, and stops: what is left of a boot is the
-/// VMM's own share, with an image of the same size.
+/// The kernel, but at each of its entry points it says that it was entered, and stops: what is left of a boot
+/// is the VMM's own share, with an image of the same size.
 pub(super) fn stopped_kernel(kernel: &[u8]) -> Result<Vec<u8>> {
     let mut image = kernel.to_vec();
     let entry = word(kernel, 24)?;

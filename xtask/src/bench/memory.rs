@@ -21,8 +21,8 @@ struct Mapping {
     anonymous: u64,
 }
 
-/// Reads a process's memory. The guest's is the largest mapping and all that touch it without a gap: parts of it may
-/// be mapped from files.
+/// Reads a process's memory. The guest's is the largest mapping and all that touch it without a gap: parts of
+/// it may be mapped from files.
 pub(super) fn of(pid: u32) -> Result<Memory> {
     let path = format!("/proc/{pid}/smaps");
     Ok(parse(&fs::read_to_string(&path).with_context(|| format!("reading {path}"))?))

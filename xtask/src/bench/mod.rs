@@ -1,4 +1,5 @@
-//! `cargo xtask bench vmm`: what a machine costs, counted in instructions, beside QEMU's microvm in the same run.
+//! `cargo xtask bench vmm`: what a machine costs, counted in instructions, beside QEMU's microvm in the same
+//! run.
 //!
 //! | module | owns |
 //! |---|---|
@@ -12,9 +13,9 @@
 //! | [`memory`] | what a process holds, the guest's memory apart |
 //! | [`report`] | figures, the table, the JSON |
 //!
-//! In the testbed with `-icount`, a virtual millisecond is a million instructions, and figures repeat to 0.3 %. They
-//! count path length: not caches, not the cost of an exit on real hardware, not parallelism. With `--direct` they are
-//! plain time.
+//! In the testbed with `-icount`, a virtual millisecond is a million instructions, and figures repeat to 0.3
+//! %. They count path length: not caches, not the cost of an exit on real hardware, not parallelism. With
+//! `--direct` they are plain time.
 
 mod control;
 mod guest;

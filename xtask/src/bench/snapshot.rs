@@ -1,4 +1,5 @@
-//! Saving a machine and going on from what was saved. QEMU's `microvm` has no counterpart that maps saved memory.
+//! Saving a machine and going on from what was saved. QEMU's `microvm` has no counterpart that maps saved
+//! memory.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
-//! Streams between guest and host over vsock: a unix socket is the host's end of Caisson's device, AF_VSOCK of QEMU's.
+//! Streams between guest and host over vsock: a unix socket is the host's end of Caisson's device, AF_VSOCK
+//! of QEMU's.
 
 use std::{
     fs::File,

@@ -1,13 +1,13 @@
 //! Memory balloon (VIRTIO 1.3, section 5.5): the guest hands pages back to the host.
 //!
-//! Three ways lead there. The host sets a target and the driver *inflates* the balloon with pages that it takes from
-//! its own free memory; it *deflates* it when the target falls, or on its own account when it runs out of memory
-//! (if that is on). With *free page reporting* the driver tells of free pages as they come, keeps them, and finds
-//! zeros in them later. The *statistics* queue says how the guest's memory is used.
+//! Three ways lead there. The host sets a target and the driver *inflates* the balloon with pages that it
+//! takes from its own free memory; it *deflates* it when the target falls, or on its own account when it runs
+//! out of memory (if that is on). With *free page reporting* the driver tells of free pages as they come,
+//! keeps them, and finds zeros in them later. The *statistics* queue says how the guest's memory is used.
 //!
-//! Pages go back through [`Discard`], so what is left in their place are zeros whatever backs them. What the driver
-//! names is a list of page numbers of its choice: each list is bounded, sorted and joined into ranges before any
-//! system call, and a page that is not guest memory is counted and skipped.
+//! Pages go back through [`Discard`], so what is left in their place are zeros whatever backs them. What the
+//! driver names is a list of page numbers of its choice: each list is bounded, sorted and joined into ranges
+//! before any system call, and a page that is not guest memory is counted and skipped.
 
 mod metrics;
 mod queue;
@@ -52,8 +52,8 @@ const F_PAGE_REPORTING: u64 = 1 << 5;
 /// Entries in each queue. Linux posts one chain at a time to each of them.
 const QUEUE_SIZE: u16 = 64;
 
-/// Length of the configuration space: `num_pages` and `actual`. The fields after them belong to features that are
-/// not offered.
+/// Length of the configuration space: `num_pages` and `actual`. The fields after them belong to features that
+/// are not offered.
 const CONFIG_LEN: usize = 8;
 /// Offset of `actual`, the field that the driver writes.
 const ACTUAL_OFFSET: u64 = 4;
@@ -177,7 +177,8 @@ impl Balloon {
         Ok(balloon)
     }
 
-    /// Asks the driver for a balloon of so many pages of 4 KiB. It gets there, or as near as it can, in its own time.
+    /// Asks the driver for a balloon of so many pages of 4 KiB. It gets there, or as near as it can, in its
+    /// own time.
     pub fn set_target_pages(&mut self, pages: u32) {
         self.target_pages = pages;
         if let Some(active) = &self.active {
@@ -191,7 +192,8 @@ impl Balloon {
         self.target_pages
     }
 
-    /// The size that the driver says the balloon has, in pages of 4 KiB. The guest can say what it likes here.
+    /// The size that the driver says the balloon has, in pages of 4 KiB. The guest can say what it likes
+    /// here.
     #[must_use]
     pub fn actual_pages(&self) -> u32 {
         self.actual_pages
@@ -203,8 +205,8 @@ impl Balloon {
         &self.statistics
     }
 
-    /// Asks the driver for fresh statistics. Returns whether it can be asked now: not before it has answered the
-    /// last time, nor when it has no statistics queue.
+    /// Asks the driver for fresh statistics. Returns whether it can be asked now: not before it has answered
+    /// the last time, nor when it has no statistics queue.
     ///
     /// # Errors
     /// When the ring is broken.
@@ -327,7 +329,8 @@ impl VirtioDevice for Balloon {
         match event {
             DeviceEvent::Queue(index) => self.work_or_come_back(index),
             DeviceEvent::Source { .. } => {
-                // An empty counter says EAGAIN: the event was spurious, and a look at the queues costs little.
+                // An empty counter says EAGAIN: the event was spurious, and a look at the queues costs
+                // little.
                 let _ = self.again.read();
                 (0..self.queue_sizes.len()).try_for_each(|index| self.work_or_come_back(index))
             }

@@ -30,7 +30,8 @@ impl PageList {
     /// Reads the page numbers of a chain, in place of those of the last one.
     ///
     /// # Errors
-    /// With what the driver did, when the chain is not a bounded list of readable page numbers in guest memory.
+    /// With what the driver did, when the chain is not a bounded list of readable page numbers in guest
+    /// memory.
     pub(super) fn read(&mut self, mem: &GuestMem, chain: Chain<'_>) -> Result<(), &'static str> {
         const MAX_BYTES: usize = MAX_PAGES * size_of::<u32>();
         let mut bytes = [0; MAX_BYTES];

@@ -1,6 +1,7 @@
 use serde::Serialize;
 
-/// Length of `struct virtio_balloon_stat`: a 16-bit tag and a 64-bit value, unaligned (VIRTIO 1.3, section 5.5.6.3).
+/// Length of `struct virtio_balloon_stat`: a 16-bit tag and a 64-bit value, unaligned (VIRTIO 1.3, section
+/// 5.5.6.3).
 const ENTRY_LEN: usize = 10;
 
 /// More bytes of statistics than any driver sends.
@@ -36,8 +37,8 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Reads what the driver wrote. Unknown tags and a torn last entry are passed over; of a tag that comes twice
-    /// the last one counts.
+    /// Reads what the driver wrote. Unknown tags and a torn last entry are passed over; of a tag that comes
+    /// twice the last one counts.
     pub(super) fn parse(bytes: &[u8]) -> Self {
         let mut all = Self::default();
         for entry in bytes.chunks_exact(ENTRY_LEN) {

@@ -24,7 +24,8 @@ pub enum IoEngine {
     /// A worker thread with plain system calls. Works everywhere.
     #[default]
     Sync,
-    /// The kernel's io_uring(7), locked down to this disk's files and to reading, writing, syncing and allocating.
+    /// The kernel's io_uring(7), locked down to this disk's files and to reading, writing, syncing and
+    /// allocating.
     IoUring,
 }
 
@@ -76,7 +77,8 @@ pub(super) struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// Sectors in a physical block, as a power of two: 4 KiB, what the host's file systems and page cache use.
+    /// Sectors in a physical block, as a power of two: 4 KiB, what the host's file systems and page cache
+    /// use.
     const PHYSICAL_BLOCK_EXP: u8 = 3;
 
     fn bytes(self) -> [u8; 60] {

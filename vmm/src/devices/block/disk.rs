@@ -1,12 +1,13 @@
 //! The files behind a disk: what is accepted, how large they are, and which bytes of the disk are where.
 //!
-//! A disk is one file, or, read-only, several in a row (**concat**): the layers of an image become one disk. Each
-//! file of a concat disk starts at a multiple of 512 bytes, right behind the previous one; what is missing to a
-//! multiple of 512 at the end of a file reads as zeros. The same padding completes a read-only disk of one file. A
-//! writable file's size must be a multiple of 512 already, since its last bytes could not be written.
+//! A disk is one file, or, read-only, several in a row (**concat**): the layers of an image become one disk.
+//! Each file of a concat disk starts at a multiple of 512 bytes, right behind the previous one; what is
+//! missing to a multiple of 512 at the end of a file reads as zeros. The same padding completes a read-only
+//! disk of one file. A writable file's size must be a multiple of 512 already, since its last bytes could not
+//! be written.
 //!
-//! Nothing looks into the files: they are raw, whatever their first bytes say, as a format that a guest can write
-//! is a format that a guest can choose.
+//! Nothing looks into the files: they are raw, whatever their first bytes say, as a format that a guest can
+//! write is a format that a guest can choose.
 
 use std::{
     fs::File,
@@ -131,13 +132,14 @@ impl Disk {
         self.read_only
     }
 
-    /// The files' descriptors, in order: what an engine works with. They stay open for as long as the disk lives.
+    /// The files' descriptors, in order: what an engine works with. They stay open for as long as the disk
+    /// lives.
     pub(super) fn fds(&self) -> Vec<RawFd> {
         self.extents.iter().map(|extent| extent.file.as_raw_fd()).collect()
     }
 
-    /// Looks at the size of a one-file disk again; whether it changed. A disk never shrinks under its guest: reads
-    /// beyond the new end fail instead, until the guest has taken notice.
+    /// Looks at the size of a one-file disk again; whether it changed. A disk never shrinks under its guest:
+    /// reads beyond the new end fail instead, until the guest has taken notice.
     pub(super) fn refresh(&mut self) -> Result<bool, DiskError> {
         let [extent] = self.extents.as_mut_slice() else {
             return Ok(false);
@@ -153,8 +155,8 @@ impl Disk {
         Ok(changed)
     }
 
-    /// Cuts a request at the files' borders. Padding is zeroed here and now, as no file holds it, so it must be a
-    /// request to read if there is any. The caller has checked the request against the capacity.
+    /// Cuts a request at the files' borders. Padding is zeroed here and now, as no file holds it, so it must
+    /// be a request to read if there is any. The caller has checked the request against the capacity.
     pub(super) fn parts(&self, offset: u64, mut data: GuestBuffers) -> Vec<Part> {
         let mut parts = Vec::with_capacity(1);
         let mut at = offset;

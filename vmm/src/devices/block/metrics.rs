@@ -21,7 +21,8 @@ pub struct BlockMetrics {
     pub write_zeroes: Counter,
     /// Requests that the host failed.
     pub failed: Counter,
-    /// Requests that were refused: beyond the end, malformed, of an unknown kind, or writing to a read-only disk.
+    /// Requests that were refused: beyond the end, malformed, of an unknown kind, or writing to a read-only
+    /// disk.
     pub refused: Counter,
     /// Times that a request had to wait for the rate limiter.
     pub throttled: Counter,

@@ -8,8 +8,8 @@
 //! | `engine` | reading and writing, by a worker thread or io_uring |
 //! | `state`, `metrics` | what a snapshot and an observer see |
 //!
-//! A request is validated as a whole and then handed to the engine, which never makes the event loop wait. What is
-//! in flight keeps the guest's memory mapped; a reset and a snapshot wait for it to end.
+//! A request is validated as a whole and then handed to the engine, which never makes the event loop wait.
+//! What is in flight keeps the guest's memory mapped; a reset and a snapshot wait for it to end.
 
 mod config;
 mod disk;
@@ -207,7 +207,8 @@ impl Block {
         }
     }
 
-    /// Looks at the size of the file again and tells the driver when it changed. Disks of several files keep theirs.
+    /// Looks at the size of the file again and tells the driver when it changed. Disks of several files keep
+    /// theirs.
     ///
     /// # Errors
     /// When the new size is not one that a disk may have.
@@ -237,7 +238,8 @@ impl Block {
         }
     }
 
-    /// Takes requests off a queue until it is empty, the engine is full, the limiter says stop, or its turn is over.
+    /// Takes requests off a queue until it is empty, the engine is full, the limiter says stop, or its turn
+    /// is over.
     fn serve(&mut self, index: usize) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else {
             return Ok(());

@@ -28,9 +28,9 @@ pub trait Blocks: Send + Sync {
 
 /// The region in chunks, each of them a KVM memory slot for as long as any block in it is plugged.
 ///
-/// One slot for each block would be many (and adding one stops all vCPUs for a moment), one for the whole region
-/// would leave all of it to the guest from the start. A chunk is as large as a memory block of a Linux guest
-/// (128 MiB), or larger so that there are at most [`MAX_CHUNKS`](Self::MAX_CHUNKS).
+/// One slot for each block would be many (and adding one stops all vCPUs for a moment), one for the whole
+/// region would leave all of it to the guest from the start. A chunk is as large as a memory block of a Linux
+/// guest (128 MiB), or larger so that there are at most [`MAX_CHUNKS`](Self::MAX_CHUNKS).
 pub struct KvmBlocks {
     vm: Arc<VmFd>,
     discard: Arc<dyn Discard>,
@@ -59,8 +59,8 @@ impl KvmBlocks {
     const MIN_CHUNK: u64 = 128 << 20;
 
     /// # Safety
-    /// `region.host` is a readable and writable mapping of `region.len` bytes, which outlives the virtual machine,
-    /// and no one else uses the slots from `region.first_slot` on.
+    /// `region.host` is a readable and writable mapping of `region.len` bytes, which outlives the virtual
+    /// machine, and no one else uses the slots from `region.first_slot` on.
     #[must_use]
     pub unsafe fn new(vm: Arc<VmFd>, discard: Arc<dyn Discard>, region: HostRegion) -> Self {
         let chunk_size = region.len.div_ceil(Self::MAX_CHUNKS).next_power_of_two().max(Self::MIN_CHUNK);

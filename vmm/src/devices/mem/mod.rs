@@ -1,16 +1,16 @@
 //! Memory device, virtio-mem (VIRTIO 1.3, section 5.15): memory that comes and goes in blocks.
 //!
 //! A region of guest physical addresses is reserved at boot. The host says how much of it it wants plugged
-//! ([`MemoryDevice::set_requested_size`]); the driver plugs and unplugs blocks until that is so, and tells the
-//! device which. Blocks that are unplugged are given back to the host at once.
+//! ([`MemoryDevice::set_requested_size`]); the driver plugs and unplugs blocks until that is so, and tells
+//! the device which. Blocks that are unplugged are given back to the host at once.
 //!
 //! # What is there of an unplugged block
-//! To the host, nothing: it is a hole. To the guest's processors, it is not memory: the device has the machine
-//! ([`Blocks`]) take it out of the guest's address space chunk by chunk (see [`KvmBlocks`]), and offers
-//! VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE, without which it does not work. A chunk holds several blocks, so a hostile
-//! guest can still touch unplugged blocks beside plugged ones, and other devices on its behalf any of them. That
-//! populates memory which is charged to the VM's cgroup like all its memory, holds what the guest itself wrote, and
-//! goes when the chunk does: nothing is gained that the guest does not have.
+//! To the host, nothing: it is a hole. To the guest's processors, it is not memory: the device has the
+//! machine ([`Blocks`]) take it out of the guest's address space chunk by chunk (see [`KvmBlocks`]), and
+//! offers VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE, without which it does not work. A chunk holds several blocks,
+//! so a hostile guest can still touch unplugged blocks beside plugged ones, and other devices on its behalf
+//! any of them. That populates memory which is charged to the VM's cgroup like all its memory, holds what the
+//! guest itself wrote, and goes when the chunk does: nothing is gained that the guest does not have.
 
 mod blocks;
 mod metrics;
@@ -221,8 +221,8 @@ impl MemoryDevice {
         Ok(device)
     }
 
-    /// Asks the driver to plug or unplug until so many bytes are plugged. It gets there, or as near as it can, in
-    /// its own time; it may not plug more.
+    /// Asks the driver to plug or unplug until so many bytes are plugged. It gets there, or as near as it
+    /// can, in its own time; it may not plug more.
     ///
     /// # Errors
     /// When that is not a multiple of the block size, or more than the region has.
@@ -377,7 +377,8 @@ impl MemoryDevice {
     /// `struct virtio_mem_config` (section 5.15.4).
     fn config_space(&self) -> [u8; CONFIG_LEN] {
         let MemoryConfig { start, size, block_size, .. } = self.config;
-        // All of the region is usable at any time. The second field is the NUMA node (and padding): there is none.
+        // All of the region is usable at any time. The second field is the NUMA node (and padding): there is
+        // none.
         let fields = [block_size, 0, start, size, size, self.plugged_size, self.requested_size];
         let mut space = [0; CONFIG_LEN];
         for (bytes, field) in space.chunks_exact_mut(8).zip(fields) {

@@ -26,7 +26,8 @@ pub(super) enum Request {
 }
 
 impl Request {
-    /// Fields are little-endian 16-bit (type, padding ×3), 64-bit (address), 16-bit (number of blocks, padding ×3).
+    /// Fields are little-endian 16-bit (type, padding ×3), 64-bit (address), 16-bit (number of blocks,
+    /// padding ×3).
     fn parse(bytes: &[u8; REQUEST_LEN]) -> Self {
         let [t0, t1, _, _, _, _, _, _, a0, a1, a2, a3, a4, a5, a6, a7, n0, n1, ..] = *bytes;
         let addr = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);

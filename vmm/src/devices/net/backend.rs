@@ -16,8 +16,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::header::{HEADER, Offloads};
 use crate::virtio::buffers::GuestBuffers;
 
-/// Where frames go to and come from. Each has a header of [`HEADER`] bytes in front. No call waits: what cannot be
-/// done now is [`io::ErrorKind::WouldBlock`].
+/// Where frames go to and come from. Each has a header of [`HEADER`] bytes in front. No call waits: what
+/// cannot be done now is [`io::ErrorKind::WouldBlock`].
 pub trait NetBackend: Send + 'static {
     /// Becomes readable when a frame has come, and writable when one can be sent again.
     fn fd(&self) -> RawFd;
@@ -58,8 +58,8 @@ pub enum TapError {
     SetUp(&'static str, #[source] io::Error),
 }
 
-/// TUNSETIFF, TUNGETIFF, TUNSETOFFLOAD and TUNSETVNETHDRSZ of linux/if_tun.h. The kernel's numbers name other types than what it
-/// takes, as they date from before that mattered.
+/// TUNSETIFF, TUNGETIFF, TUNSETOFFLOAD and TUNSETVNETHDRSZ of linux/if_tun.h. The kernel's numbers name other
+/// types than what it takes, as they date from before that mattered.
 mod ioctl {
     use super::size_of;
 
@@ -85,11 +85,12 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Attaches to the tap device with this name, which must be there: one that the kernel made for us on the spot
-    /// would lead nowhere.
+    /// Attaches to the tap device with this name, which must be there: one that the kernel made for us on the
+    /// spot would lead nowhere.
     ///
     /// # Errors
-    /// [`io::ErrorKind::NotFound`] when there is none; otherwise the kernel's, such as that somebody else has it.
+    /// [`io::ErrorKind::NotFound`] when there is none; otherwise the kernel's, such as that somebody else has
+    /// it.
     pub fn attach(name: &OsStr) -> io::Result<OwnedFd> {
         nix::net::if_::if_nametoindex(name).map_err(|_| io::ErrorKind::NotFound)?;
         let file = File::options().read(true).write(true).open("/dev/net/tun")?;

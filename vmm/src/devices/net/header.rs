@@ -70,7 +70,8 @@ impl Offloads {
         Self::accepted(&TO_HOST, features)
     }
 
-    /// Each of the others depends on checksums (section 5.1.3.1), and the kernel takes both kinds of USO or none.
+    /// Each of the others depends on checksums (section 5.1.3.1), and the kernel takes both kinds of USO or
+    /// none.
     fn accepted(bits: &[(u32, Self)], features: u64) -> Self {
         let accepted = bits.iter().filter(|(bit, _)| features & (1 << bit) != 0);
         let mut offloads = accepted.fold(Self::empty(), |all, &(_, offload)| all | offload);
@@ -90,8 +91,8 @@ pub(super) struct Malformed;
 
 /// Checks the header of a frame of `len` bytes that the guest sends, and returns it as the tap may see it.
 ///
-/// Bits that mean nothing in this direction are cleared; what was not negotiated, or points outside the frame, is
-/// refused.
+/// Bits that mean nothing in this direction are cleared; what was not negotiated, or points outside the
+/// frame, is refused.
 pub(super) fn check_sent(
     header: [u8; HEADER],
     len: usize,

@@ -8,8 +8,8 @@
 //! | `rx`, `tx` | the two queues |
 //! | `state`, `metrics` | what a snapshot and an observer see |
 //!
-//! The tap is watched edge-triggered: while the guest has no buffer for a frame, or a limit is reached, nothing spins
-//! on a descriptor that stays readable; whatever ends the wait looks at the tap again.
+//! The tap is watched edge-triggered: while the guest has no buffer for a frame, or a limit is reached,
+//! nothing spins on a descriptor that stays readable; whatever ends the wait looks at the tap again.
 
 mod backend;
 mod config;
@@ -246,7 +246,8 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
             readable: true,
             writable: true,
         });
-        // A restored driver may wait for what was announced before the snapshot, and the tap has had its edge.
+        // A restored driver may wait for what was announced before the snapshot, and the tap has had its
+        // edge.
         self.again.write(1).map_err(ActivateError::Backend)
     }
 

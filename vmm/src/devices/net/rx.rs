@@ -1,5 +1,5 @@
-//! From the host to the guest: frames are read straight into the driver's buffers, of which one frame may take
-//! several (VIRTIO_NET_F_MRG_RXBUF).
+//! From the host to the guest: frames are read straight into the driver's buffers, of which one frame may
+//! take several (VIRTIO_NET_F_MRG_RXBUF).
 
 use std::{
     collections::VecDeque,
@@ -127,8 +127,8 @@ impl Receiver {
         Ok(Pause::Turn)
     }
 
-    /// Takes chains from the queue until a frame of any length finds room; whether it does. If not, the driver was
-    /// asked to notify.
+    /// Takes chains from the queue until a frame of any length finds room; whether it does. If not, the
+    /// driver was asked to notify.
     fn fill(&mut self) -> Result<bool, DeviceError> {
         let mem: &GuestMemoryMmap<()> = &self.mem.clone();
         loop {
@@ -185,8 +185,8 @@ impl Receiver {
         self.publish(&filled)
     }
 
-    /// Adds chains to the used ring in one step: a driver that saw the first chain of a frame without the others
-    /// would take the frame for broken.
+    /// Adds chains to the used ring in one step: a driver that saw the first chain of a frame without the
+    /// others would take the frame for broken.
     fn publish(&mut self, filled: &[(u16, u32)]) -> Result<(), DeviceError> {
         let mem: &GuestMemoryMmap<()> = &self.mem;
         let Some((&(last_head, last_len), before)) = filled.split_last() else {
@@ -218,7 +218,8 @@ impl Receiver {
         if old == new || !self.event_idx {
             return Ok(old != new);
         }
-        // The driver writes its wish and then looks at the index; we write the index and then look at the wish.
+        // The driver writes its wish and then looks at the index; we write the index and then look at the
+        // wish.
         fence(Ordering::SeqCst);
         let address = self.queue.avail_ring().checked_add(4 + 2 * u64::from(self.queue.size()));
         let address = GuestAddress(address.ok_or_else(|| ring(QueueError::AddressOverflow))?);

@@ -439,8 +439,8 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// Whatever is in the rings, the device moves frames, drops them, or gives up with an error, and can be reset
-    /// and used.
+    /// Whatever is in the rings, the device moves frames, drops them, or gives up with an error, and can be
+    /// reset and used.
     #[test]
     fn hostile_chains_do_no_harm(
         features: u64,

@@ -1,5 +1,5 @@
-//! From the guest to the host: frames are written straight from the driver's buffers, behind a header that was
-//! copied before it was checked.
+//! From the guest to the host: frames are written straight from the driver's buffers, behind a header that
+//! was copied before it was checked.
 
 use std::io;
 

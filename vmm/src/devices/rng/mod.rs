@@ -1,8 +1,9 @@
 //! Entropy device (VIRTIO 1.3, section 5.4): random bytes from the host's generator.
 //!
-//! The driver offers writable buffers, the device fills the first [`MAX_CHUNK`] bytes of each chain and says how many
-//! that were, so neither memory nor time on the host side depends on what the guest asks for. A rate limiter keeps
-//! a guest from having the host's CPU make random numbers all day; what it may not have yet waits in its queue.
+//! The driver offers writable buffers, the device fills the first [`MAX_CHUNK`] bytes of each chain and says
+//! how many that were, so neither memory nor time on the host side depends on what the guest asks for. A rate
+//! limiter keeps a guest from having the host's CPU make random numbers all day; what it may not have yet
+//! waits in its queue.
 
 mod metrics;
 mod queue;
@@ -136,7 +137,8 @@ impl<E: Entropy> Rng<E> {
         })
     }
 
-    /// A device as it was saved. There is nothing in it but the configuration: no entropy outlives a snapshot.
+    /// A device as it was saved. There is nothing in it but the configuration: no entropy outlives a
+    /// snapshot.
     ///
     /// # Errors
     /// As [`new`](Self::new).

@@ -10,7 +10,8 @@ use crate::{
     virtio::{DeviceError, Drained, Interrupt, buffers::pop_chain},
 };
 
-/// The most bytes that one chain gets. Linux asks for a cache line's worth, `dd if=/dev/hwrng` for 512 at a time.
+/// The most bytes that one chain gets. Linux asks for a cache line's worth, `dd if=/dev/hwrng` for 512 at a
+/// time.
 pub const MAX_CHUNK: usize = 1024;
 
 /// The most descriptors of a chain that are looked at.
@@ -24,10 +25,11 @@ pub(super) struct Source<'a, E> {
 }
 
 impl<E: Entropy> Source<'_, E> {
-    /// Answers requests: until there are none, as many as the queue has entries, or until the limiter says stop.
+    /// Answers requests: until there are none, as many as the queue has entries, or until the limiter says
+    /// stop.
     ///
-    /// Unlike the common loop ([`crate::virtio::drain`]) it asks the limiter *before* it takes a chain, so that a
-    /// request which has to wait stays in the ring, where a snapshot finds it.
+    /// Unlike the common loop ([`crate::virtio::drain`]) it asks the limiter *before* it takes a chain, so
+    /// that a request which has to wait stays in the ring, where a snapshot finds it.
     pub(super) fn serve(
         &mut self,
         queue: &mut Queue,

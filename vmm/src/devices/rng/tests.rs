@@ -173,8 +173,8 @@ fn a_waiting_request_survives_a_snapshot() {
 }
 
 proptest! {
-    /// Random descriptors, heads and indices: an answer, an error, never a panic or an endless loop, and no byte
-    /// beyond what a chain may have.
+    /// Random descriptors, heads and indices: an answer, an error, never a panic or an endless loop, and no
+    /// byte beyond what a chain may have.
     #[test]
     fn survives_any_chain(
         descriptors in proptest::collection::vec((any::<u64>(), any::<bool>(), any::<u32>(), 0u16..8, 0u16..20), 16),

@@ -144,8 +144,8 @@ impl Console {
         }
     }
 
-    /// Types `input` on the console; returns how many bytes its buffer took. A guest whose driver does not listen
-    /// takes none: it would throw them away when it sets up the port.
+    /// Types `input` on the console; returns how many bytes its buffer took. A guest whose driver does not
+    /// listen takes none: it would throw them away when it sets up the port.
     pub fn input(&self, input: &[u8]) -> usize {
         let mut uart = self.lock();
         if uart.state().interrupt_enable & RECEIVED_DATA == 0 {

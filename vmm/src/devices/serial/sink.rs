@@ -21,7 +21,8 @@ pub struct ConsoleMetrics {
 
 /// Where console output goes: never faster than the limit, and never waiting for whoever reads it.
 ///
-/// A guest can print without end; what it prints must neither fill the node's log nor stop its own processors.
+/// A guest can print without end; what it prints must neither fill the node's log nor stop its own
+/// processors.
 pub struct ConsoleSink {
     out: Option<File>,
     /// Bytes per second, and as many at once.

@@ -5,8 +5,9 @@
 //!  guest-initiated: ───────────────────REQUEST─────────────────▶ Open (a RESPONSE is due)
 //! ```
 //!
-//! An open connection ends direction by direction. When the guest has ended both, an RST confirms it, but only
-//! after the last byte has gone on to the host. When the host has, the guest confirms it in the same way.
+//! An open connection ends direction by direction. When the guest has ended both, an RST confirms it, but
+//! only after the last byte has gone on to the host. When the host has, the guest confirms it in the same
+//! way.
 
 use super::{
     credit::{Overrun, ReceiveCredit, SendCredit},
@@ -385,8 +386,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever arrives and however the host acts: bytes held stay within the buffer, data to the guest within
-        /// what it allowed, nothing follows the end of a direction, and sending comes to an end by itself.
+        /// Whatever arrives and however the host acts: bytes held stay within the buffer, data to the guest
+        /// within what it allowed, nothing follows the end of a direction, and sending comes to an end by
+        /// itself.
         #[test]
         fn keeps_its_bounds(
             host_initiated: bool, steps in proptest::collection::vec((packets(), 0usize..500, 0u8..8), 0..200),

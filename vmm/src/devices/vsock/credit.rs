@@ -1,7 +1,7 @@
 //! Flow control (VIRTIO 1.3, section 5.10.6.3): who may still send how much.
 //!
-//! Counters run modulo 2^32. What the guest claims is believed only where it is possible; what it may send is what
-//! it was promised, and one byte more ends the connection.
+//! Counters run modulo 2^32. What the guest claims is believed only where it is possible; what it may send is
+//! what it was promised, and one byte more ends the connection.
 
 /// What one connection may send to the guest.
 #[derive(Clone, Debug, Default)]

@@ -1,16 +1,16 @@
 //! How connections enter and leave on the host's side, by descriptors alone.
 //!
-//! *Host to guest*: clients connect to a listening unix socket and name the guest's port in a first line, as with
-//! Firecracker and Cloud Hypervisor. The socket is bound outside and passed in.
+//! *Host to guest*: clients connect to a listening unix socket and name the guest's port in a first line, as
+//! with Firecracker and Cloud Hypervisor. The socket is bound outside and passed in.
 //!
 //! *Guest to host*: a [`Dialer`] finds the host's end of a port.
-//! - [`PathDialer`] connects to `<path>_<port>`, again as others do. It needs a file system, and the rights to walk
-//!   it, so it serves a VMM that a person runs without a jail.
-//! - [`PassingDialer`] is for the jail, whose root is empty: it makes a socket pair and passes one half, with the
-//!   port, over a socket that it was given. Linux has no `connectat(2)`, and `/proc/self/fd/N/name` needs a
-//!   `/proc`, so a directory's descriptor is no way out of an empty root; and a jailed process that could connect
-//!   to names of the host would be one with a view of the host. This way the receiver decides, per connection,
-//!   and the ports that exist are fixed before the guest runs.
+//! - [`PathDialer`] connects to `<path>_<port>`, again as others do. It needs a file system, and the rights
+//!   to walk it, so it serves a VMM that a person runs without a jail.
+//! - [`PassingDialer`] is for the jail, whose root is empty: it makes a socket pair and passes one half, with
+//!   the port, over a socket that it was given. Linux has no `connectat(2)`, and `/proc/self/fd/N/name` needs
+//!   a `/proc`, so a directory's descriptor is no way out of an empty root; and a jailed process that could
+//!   connect to names of the host would be one with a view of the host. This way the receiver decides, per
+//!   connection, and the ports that exist are fixed before the guest runs.
 //! - None at all, the default: a guest that dials the host gets a reset.
 
 use std::{
@@ -76,7 +76,8 @@ impl Dialer for PathDialer {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{port}"));
         let addr = UnixAddr::new(Path::new(&path))?;
-        // Connecting to a unix socket is done at once, or fails: with EAGAIN, when the listener's backlog is full.
+        // Connecting to a unix socket is done at once, or fails: with EAGAIN, when the listener's backlog is
+        // full.
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         connect(stream.as_raw_fd(), &addr)?;
@@ -92,7 +93,8 @@ pub struct PassingDialer {
 }
 
 impl PassingDialer {
-    /// `socket`: a SOCK_SEQPACKET unix socket whose other end is a [`DialReceiver`]. `ports`: those that exist.
+    /// `socket`: a SOCK_SEQPACKET unix socket whose other end is a [`DialReceiver`]. `ports`: those that
+    /// exist.
     pub fn new(socket: OwnedFd, ports: impl IntoIterator<Item = u32>) -> Self {
         Self { socket, ports: ports.into_iter().collect() }
     }
@@ -119,8 +121,8 @@ impl Dialer for PassingDialer {
 
 /// The other end of a [`PassingDialer`]: accepts the guest's connections, in the process that serves them.
 ///
-/// By the time that one is received the guest holds it to be open, as with a listener's backlog; to refuse it,
-/// drop it.
+/// By the time that one is received the guest holds it to be open, as with a listener's backlog; to refuse
+/// it, drop it.
 #[derive(Debug)]
 pub struct DialReceiver {
     socket: OwnedFd,
@@ -142,7 +144,8 @@ impl DialReceiver {
     /// What does not look like one is dropped: the VMM is less trusted than whoever calls this.
     ///
     /// # Errors
-    /// As recvmsg(2); [`io::ErrorKind::WouldBlock`] when the descriptor was made non-blocking and there is none.
+    /// As recvmsg(2); [`io::ErrorKind::WouldBlock`] when the descriptor was made non-blocking and there is
+    /// none.
     pub fn accept(&self) -> io::Result<Option<(u32, UnixStream)>> {
         loop {
             let mut port = [0; 4];

@@ -11,9 +11,9 @@ pub(super) const MAX_RESETS: usize = 256;
 /// The largest and smallest receive buffer of a connection, and what all share beyond the smallest ones.
 ///
 /// A connection is promised a 64th of what is left of the pool, within the two bounds: 256 KiB for the first,
-/// less and less for each further one. So few connections are fast, and the most that a guest can make us hold is
-/// `POOL` + `MAX_CONNECTIONS` × `SMALLEST_BUFFER` = 24 MiB; it takes a thousand host-side readers that don't
-/// read. A promise costs nothing until it is used.
+/// less and less for each further one. So few connections are fast, and the most that a guest can make us
+/// hold is `POOL` + `MAX_CONNECTIONS` × `SMALLEST_BUFFER` = 24 MiB; it takes a thousand host-side readers
+/// that don't read. A promise costs nothing until it is used.
 const LARGEST_BUFFER: usize = 256 << 10;
 const SMALLEST_BUFFER: usize = 8 << 10;
 const POOL: usize = 16 << 20;

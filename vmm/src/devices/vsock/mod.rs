@@ -14,14 +14,14 @@
 //!
 //! # Who could do harm
 //!
-//! *The guest* may send any bytes in any order. A packet that breaks a connection's rules ends that connection; a
-//! ring or chain that is broken ends the device until it is reset. Data goes between guest memory and sockets by
-//! the kernel, without a copy here, so there is little to get wrong; only what a slow reader has not taken yet is
-//! held, and no more than the guest has credit for. *The host's clients* are those who can reach the socket; a
-//! slow one costs its own connection's credit.
+//! *The guest* may send any bytes in any order. A packet that breaks a connection's rules ends that
+//! connection; a ring or chain that is broken ends the device until it is reset. Data goes between guest
+//! memory and sockets by the kernel, without a copy here, so there is little to get wrong; only what a slow
+//! reader has not taken yet is held, and no more than the guest has credit for. *The host's clients* are
+//! those who can reach the socket; a slow one costs its own connection's credit.
 //!
-//! The packet type of the `virtio-vsock` crate is not used: it takes a packet's data as one piece of memory, while
-//! Linux sends data of MSG_ZEROCOPY as one descriptor per page.
+//! The packet type of the `virtio-vsock` crate is not used: it takes a packet's data as one piece of memory,
+//! while Linux sends data of MSG_ZEROCOPY as one descriptor per page.
 
 mod connection;
 mod credit;
@@ -203,7 +203,8 @@ impl VirtioDevice for Vsock {
             active.reset_transport(self.muxer.timeouts().transport_reset);
         }
         self.active = Some(active);
-        // Notifications from before do not come again, nor do edges of the host's sockets: look at everything.
+        // Notifications from before do not come again, nor do edges of the host's sockets: look at
+        // everything.
         self.muxer.ring().map_err(ActivateError::Backend)
     }
 

@@ -1,12 +1,13 @@
 //! All connections of one device: who is where, whose turn it is, and who has waited too long.
 //!
-//! Packets of the guest come in by [`Muxer::receive`], packets to it go out by [`Muxer::next_packet`], and the
-//! host's sockets are looked after by [`Muxer::dispatch`] and [`Muxer::settle`]. Nothing here knows queues.
+//! Packets of the guest come in by [`Muxer::receive`], packets to it go out by [`Muxer::next_packet`], and
+//! the host's sockets are looked after by [`Muxer::dispatch`] and [`Muxer::settle`]. Nothing here knows
+//! queues.
 //!
 //! Everything is bounded: connections by [`MAX_CONNECTIONS`], what each holds by its credit, and resets by
-//! [`Muxer::takes_packets`], which tells the device to leave the guest's packets where they are. Connections take
-//! turns packet by packet; one that is stuck (its reader is slow, or its guest end out of credit) loses its turn
-//! and no one else's.
+//! [`Muxer::takes_packets`], which tells the device to leave the guest's packets where they are. Connections
+//! take turns packet by packet; one that is stuck (its reader is slow, or its guest end out of credit) loses
+//! its turn and no one else's.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -35,8 +36,8 @@ use super::{
 };
 use crate::virtio::buffers::GuestBuffers;
 
-/// The first port that host-initiated connections come from; they count up from it, and it takes 2^30 of them to
-/// use one again.
+/// The first port that host-initiated connections come from; they count up from it, and it takes 2^30 of them
+/// to use one again.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
 /// The most clients accepted in one go.
@@ -154,7 +155,8 @@ impl Muxer {
         Ok(())
     }
 
-    /// Ends what has waited too long, accepts who waits, and sets the timer; `also` is the device's own deadline.
+    /// Ends what has waited too long, accepts who waits, and sets the timer; `also` is the device's own
+    /// deadline.
     pub(super) fn settle(&mut self, also: Option<Instant>) -> io::Result<()> {
         // The clock is read only when something may be due.
         if !self.deadlines.is_empty() || self.accept_at.is_some() {
@@ -413,7 +415,8 @@ impl Muxer {
         }
     }
 
-    /// The guest has forgotten the connection. What it had sent still goes to the host, however long that takes.
+    /// The guest has forgotten the connection. What it had sent still goes to the host, however long that
+    /// takes.
     fn orphan(&mut self, token: Token) {
         let Some(Peer { stream, connection: Some(connection), orphaned, .. }) = self.peer(token) else {
             return;

@@ -1,8 +1,8 @@
 //! What is in front of every packet (VIRTIO 1.3, section 5.10.6).
 //!
-//! The header alone is parsed here, from a copy, so that the guest can't change it under us. The payload is never
-//! copied: it stays in the chain's own buffers, of which there may be many (Linux sends MSG_ZEROCOPY data as
-//! one descriptor per page), and goes from them to the socket.
+//! The header alone is parsed here, from a copy, so that the guest can't change it under us. The payload is
+//! never copied: it stays in the chain's own buffers, of which there may be many (Linux sends MSG_ZEROCOPY
+//! data as one descriptor per page), and goes from them to the socket.
 
 /// The host's context id.
 pub const HOST_CID: u64 = 2;

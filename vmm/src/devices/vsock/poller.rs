@@ -1,9 +1,9 @@
-//! The one descriptor that stands for all of the device's: an epoll instance with the listener, the connections,
-//! a timer and a doorbell in it.
+//! The one descriptor that stands for all of the device's: an epoll instance with the listener, the
+//! connections, a timer and a doorbell in it.
 //!
 //! All are watched edge-triggered and never changed afterwards, so a connection costs one epoll_ctl(2) in its
-//! life, and a socket that nobody can serve now (no credit, no receive buffer) does not wake anyone again. The
-//! timer and the doorbell need not be read for the same reason.
+//! life, and a socket that nobody can serve now (no credit, no receive buffer) does not wake anyone again.
+//! The timer and the doorbell need not be read for the same reason.
 
 use std::{
     io,
@@ -20,7 +20,8 @@ use vmm_sys_util::{
 /// The most events taken in at once.
 const BATCH: usize = 64;
 
-/// Names a connection for as long as it lives, and nothing afterwards: slots are used again, serials are not soon.
+/// Names a connection for as long as it lives, and nothing afterwards: slots are used again, serials are not
+/// soon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Token {
     /// Where the connection is.

@@ -47,9 +47,10 @@ pub(super) enum Progress {
 
 /// How far telling a restored guest to forget its connections has come.
 ///
-/// Linux resets every connection that it has *when it handles the event*, new ones as well, and the host's clients
-/// connect the moment that the machine is restored. So nothing is sent to the guest before the driver has given
-/// the event's buffer back, which Linux does after having handled it, or for a time that ends by itself.
+/// Linux resets every connection that it has *when it handles the event*, new ones as well, and the host's
+/// clients connect the moment that the machine is restored. So nothing is sent to the guest before the driver
+/// has given the event's buffer back, which Linux does after having handled it, or for a time that ends by
+/// itself.
 #[derive(Clone, Copy, Debug)]
 enum TransportReset {
     Due { until: Instant },

@@ -82,8 +82,8 @@ impl Stream {
         self.backlog.capacity()
     }
 
-    /// Sends guest data, straight from the guest's memory as far as the socket takes it. The rest is kept, in a
-    /// buffer of `capacity` bytes, which credit made sure to suffice. Returns how many bytes are done with.
+    /// Sends guest data, straight from the guest's memory as far as the socket takes it. The rest is kept, in
+    /// a buffer of `capacity` bytes, which credit made sure to suffice. Returns how many bytes are done with.
     pub(super) fn send(&mut self, payload: &GuestBuffers, capacity: u32) -> usize {
         let mut done = 0;
         if self.backlog.is_empty() && !self.refuses {
@@ -232,8 +232,8 @@ fn message(vecs: &[libc::iovec]) -> libc::msghdr {
 fn send(fd: RawFd, vecs: &[libc::iovec]) -> io::Result<usize> {
     let message = message(vecs);
     retry(|| {
-        // SAFETY: `vecs` are buffers that their owner (guest memory or a slice) keeps alive over the call, and
-        // which it allows to read. The guest may change its own meanwhile; then it sends something else.
+        // SAFETY: `vecs` are buffers that their owner (guest memory or a slice) keeps alive over the call,
+        // and which it allows to read. The guest may change its own meanwhile; then it sends something else.
         unsafe { libc::sendmsg(fd, &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) }
     })
 }
@@ -242,8 +242,9 @@ fn send(fd: RawFd, vecs: &[libc::iovec]) -> io::Result<usize> {
 fn receive(fd: RawFd, vecs: &[libc::iovec], flags: libc::c_int) -> io::Result<usize> {
     let mut message = message(vecs);
     retry(|| {
-        // SAFETY: `vecs` are writable buffers that their owner (guest memory or a mutable slice) keeps alive over
-        // the call. There is no room for control data, so descriptors that a peer passes are closed by the kernel.
+        // SAFETY: `vecs` are writable buffers that their owner (guest memory or a mutable slice) keeps alive
+        // over the call. There is no room for control data, so descriptors that a peer passes are closed by
+        // the kernel.
         unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT | flags) }
     })
 }

@@ -22,7 +22,8 @@ impl IrqLine for vmm_sys_util::eventfd::EventFd {
     }
 }
 
-/// The interrupt side of a transport: shared by the device, which raises, and the registers, which acknowledge.
+/// The interrupt side of a transport: shared by the device, which raises, and the registers, which
+/// acknowledge.
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,

@@ -8,8 +8,8 @@
 //! | `slot` | a place for a device, which may be empty |
 //! | `state` | what of it goes into a snapshot |
 //!
-//! Once the driver has set DRIVER_OK, the configuration that it chose (features, queue sizes and addresses) is
-//! frozen: writes to it are ignored until it resets the device. A driver that breaks the rules gets
+//! Once the driver has set DRIVER_OK, the configuration that it chose (features, queue sizes and addresses)
+//! is frozen: writes to it are ignored until it resets the device. A driver that breaks the rules gets
 //! DEVICE_NEEDS_RESET and a device that stands still; nothing else in the machine notices.
 
 mod interrupt;

@@ -6,7 +6,8 @@ use super::{
 };
 use crate::virtio::DeviceEvent;
 
-/// What an empty slot says it is: a placeholder, which drivers pass over in silence (VIRTIO 1.3, section 4.2.2.2).
+/// What an empty slot says it is: a placeholder, which drivers pass over in silence (VIRTIO 1.3, section
+/// 4.2.2.2).
 pub const EMPTY_DEVICE_ID: u32 = 0;
 
 /// A place for a device on the bus. The guest knows of it from boot on; a device may come and go.
@@ -17,7 +18,8 @@ pub struct Slot {
 
 impl Slot {
     fn lock(&self) -> MutexGuard<'_, Option<MmioTransport>> {
-        // A device that panicked has been aborted with the process; in tests its state is still the best there is.
+        // A device that panicked has been aborted with the process; in tests its state is still the best
+        // there is.
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

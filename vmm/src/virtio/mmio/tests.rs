@@ -407,8 +407,8 @@ fn access() -> impl Strategy<Value = Access> {
 }
 
 proptest! {
-    /// Whatever is read and written, and in which order: no panic, every queue that reaches the device lies in
-    /// memory, and an active device's configuration stays.
+    /// Whatever is read and written, and in which order: no panic, every queue that reaches the device lies
+    /// in memory, and an active device's configuration stays.
     #[test]
     fn no_sequence_of_accesses_gets_past_the_rules(accesses in prop::collection::vec(access(), 0..200)) {
         let mut bench = Bench::new();

@@ -126,7 +126,8 @@ impl MmioTransport {
             .map_err(|error| TransportStateError::Activate(crate::virtio::ActivateError::Backend(error)))
     }
 
-    /// Continues a restored device: notifications and interrupts may have been on their way when it was saved.
+    /// Continues a restored device: notifications and interrupts may have been on their way when it was
+    /// saved.
     pub fn kick(&mut self) {
         for queue in 0..self.queues.len() {
             self.process(DeviceEvent::Queue(queue));
@@ -339,8 +340,8 @@ impl MmioTransport {
 
     fn take_step(&mut self, step: Status) {
         match step {
-            // FEATURES_OK reads back as unset when the driver accepted what was not offered, or refused the one
-            // feature without which this is another interface.
+            // FEATURES_OK reads back as unset when the driver accepted what was not offered, or refused the
+            // one feature without which this is another interface.
             Status::FEATURES_OK => {
                 let known = self.driver_features & !self.offered() == 0;
                 if known && self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0 {

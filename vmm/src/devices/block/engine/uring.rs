@@ -20,8 +20,8 @@ const DEPTH: u32 = 128;
 pub(in super::super) struct UringEngine {
     ring: IoUring,
     event: EventFd,
-    /// What the kernel works on, by the index that it returns. The kernel reads the iovecs of an operation from
-    /// where they are, so one stays in its place until it is complete.
+    /// What the kernel works on, by the index that it returns. The kernel reads the iovecs of an operation
+    /// from where they are, so one stays in its place until it is complete.
     slots: Vec<Option<Operation>>,
     free: Vec<usize>,
     /// What has found no slot yet.
@@ -129,8 +129,8 @@ impl UringEngine {
             return;
         };
         let entry = entry(place.insert(operation)).user_data(slot as u64);
-        // SAFETY: the operation keeps its buffers and their iovecs in place until its completion is reaped, and
-        // the ring is drained before the slots are dropped.
+        // SAFETY: the operation keeps its buffers and their iovecs in place until its completion is reaped,
+        // and the ring is drained before the slots are dropped.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         debug_assert!(pushed.is_ok(), "the queue has an entry for each slot");
     }

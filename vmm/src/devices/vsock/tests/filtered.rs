@@ -1,4 +1,5 @@
-//! The device in a thread with the event loop's system call filter: a call that it lacks ends the test's process.
+//! The device in a thread with the event loop's system call filter: a call that it lacks ends the test's
+//! process.
 
 use std::{
     io::{Read, Write},

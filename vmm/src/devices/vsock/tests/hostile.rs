@@ -212,7 +212,8 @@ fn steps() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Whatever a guest and clients do: no panic, no endless loop, and at worst the device ends with an error.
+    /// Whatever a guest and clients do: no panic, no endless loop, and at worst the device ends with an
+    /// error.
     #[test]
     fn anything_goes(steps in proptest::collection::vec(steps(), 1..120)) {
         let mut guest = Guest::new();
