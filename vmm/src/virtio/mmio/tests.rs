@@ -28,6 +28,8 @@ struct Log {
     processed: Vec<DeviceEvent>,
     config: Vec<(u64, Vec<u8>)>,
     fail: bool,
+    /// Something is in flight, and is finished when the device is saved.
+    busy: bool,
 }
 
 struct Dummy(Arc<Mutex<Log>>);
@@ -82,6 +84,10 @@ impl VirtioDevice for Dummy {
     }
 
     fn save(&mut self) -> Result<DeviceState, DeviceError> {
+        let mut log = self.0.lock().unwrap();
+        if let (true, Some(activation)) = (std::mem::take(&mut log.busy), &log.activation) {
+            activation.interrupt.signal_queue(0);
+        }
         let config = rng::RngConfig::default();
         Ok(DeviceState::Rng(rng::RngState { config, queues: Vec::new() }))
     }
@@ -362,6 +368,16 @@ fn an_empty_slot_is_a_placeholder() {
     assert_eq!(read(8), DeviceId::Rng as u32);
     slot.take();
     assert_eq!(read(8), 0);
+}
+
+/// What a device finishes while it is saved is in the saved memory, so the interrupt for it must be in the
+/// saved state.
+#[test]
+fn an_interrupt_raised_while_saving_is_saved() {
+    let mut bench = Bench::ready();
+    assert!(bench.transport.is_active());
+    bench.log.lock().unwrap().busy = true;
+    assert_eq!(bench.transport.save().unwrap().interrupt_status, 1);
 }
 
 #[test]

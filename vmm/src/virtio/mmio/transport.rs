@@ -176,6 +176,8 @@ impl MmioTransport {
     /// # Errors
     /// When the device could not come to rest.
     pub fn save(&mut self) -> Result<TransportState, DeviceError> {
+        // First: what the device finishes now raises interrupts, which the restored driver has to find pending.
+        let device = self.device.save()?;
         Ok(TransportState {
             status: self.status,
             driver_features: self.driver_features,
@@ -186,7 +188,7 @@ impl MmioTransport {
             config_generation: self.interrupt.generation(),
             queues: self.queues.iter().map(SavedQueue::from).collect(),
             active: self.active,
-            device: self.device.save()?,
+            device,
         })
     }
 
