@@ -29,6 +29,39 @@ fn boots_to_user_space_and_reports_the_guests_reset() -> Result<()> {
     Ok(())
 }
 
+/// Anonymous memory of a process outside its largest mapping, which is the guest's memory, in KiB
+/// (proc_pid_smaps(5)).
+fn private_kib(pid: u32) -> Result<u64> {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let mut mappings: Vec<(u64, u64)> = Vec::new();
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if let Some((start, end)) = first.split_once('-') {
+            mappings.push((u64::from_str_radix(end, 16)? - u64::from_str_radix(start, 16)?, 0));
+        } else if let (Some((_, kib)), "Anonymous:") = (mappings.last_mut(), first) {
+            *kib = words.next().unwrap_or_default().parse()?;
+        }
+    }
+    mappings.sort_unstable();
+    mappings.pop();
+    Ok(mappings.iter().map(|(_, kib)| kib).sum())
+}
+
+/// What each pod costs its node on top of its guest.
+#[test]
+fn a_machine_is_small() -> Result<()> {
+    let workshop = Workshop::new("echo up; sleep 1000")?;
+    let mut vmm = Vmm::boot(workshop.config("[[devices]]\nrng = {}\n[[devices]]\nballoon = {}\n")?)?;
+    vmm.expect("up")?;
+    let private = private_kib(vmm.pid())?;
+    ensure!(private <= 512, "{private} KiB of private memory");
+    let binary = std::fs::metadata(Product::Vmm.path()?)?.len();
+    ensure!(binary <= 3_000_000, "the binary has {binary} bytes");
+    println!("{private} KiB of private memory, a binary of {binary} bytes");
+    Ok(())
+}
+
 #[test]
 fn boots_by_pvh_too() -> Result<()> {
     let workshop = Workshop::new("echo up")?;
