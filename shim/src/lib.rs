@@ -20,6 +20,7 @@
 //! | [`events`] | events on their way to containerd |
 //! | [`directory`] | the pod's directory, and who owns it |
 //! | [`journal`] | the record of all that was made for a pod, and its undoing |
+//! | `failpoint` | dying on purpose, for tests |
 //! | [`log`], [`wire`] | lines for containerd's log; pieces of its messages |
 
 pub mod action;
@@ -28,6 +29,7 @@ pub mod cgroup;
 pub mod config;
 pub mod directory;
 pub mod events;
+mod failpoint;
 pub mod id;
 pub mod invocation;
 pub mod journal;

@@ -32,6 +32,9 @@ pub const POD_CGROUP: &str = "/caisson-e2e";
 /// makes of containerd's namespace for a container that `ctr` runs. They are there from the start.
 const CGROUPS: [&str; 2] = [POD_CGROUP, "/default"];
 
+/// In containerd's directory: after how many lines of its record a shim is to kill itself.
+pub const FAILPOINT: &str = "failpoint";
+
 /// How long containerd may take to answer, on an emulated machine.
 const START: Duration = Duration::from_secs(90);
 /// How long it may take to end after SIGTERM before it is killed.
@@ -92,6 +95,8 @@ impl Containerd {
         }
         // Shims inherit containerd's environment.
         command.env("CAISSON_CONFIG", runtime_config(dir, path)?);
+        // With a number in it, the next shims die on purpose.
+        command.env("CAISSON_FAILPOINT", dir.join(FAILPOINT));
         let child = command.spawn().context("starting containerd")?;
         let mut containerd = Self { child, dir: dir.to_owned() };
         containerd.wait_until_up()?;

@@ -46,6 +46,16 @@ impl Node {
         self.dir.join("containerd.sock")
     }
 
+    /// Has our shims that start from now on kill themselves after so many lines of their pod's record; `None`: not any
+    /// more.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn set_failpoint(&self, lines: Option<usize>) -> Result<()> {
+        let file = self.dir.join(crate::containerd::FAILPOINT);
+        Ok(std::fs::write(file, lines.map(|lines| lines.to_string()).unwrap_or_default())?)
+    }
+
     /// containerd's log so far, for a failure's message.
     pub fn containerd_log(&self) -> String {
         std::fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default()

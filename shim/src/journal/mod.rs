@@ -125,6 +125,7 @@ impl Journal {
             return Err(self.io("write", source));
         }
         self.resources.push(resource);
+        crate::failpoint::recorded();
         Ok(())
     }
 
