@@ -1,17 +1,22 @@
 //! What is slow to make is made once: entries named by the hash of everything that went into them.
 //!
 //! An entry appears complete or not at all: it is built in a scratch directory and renamed. A scratch directory is
-//! locked by the process that uses it, so the next run can tell what a killed one left behind, and removes it.
+//! locked by the process that uses it, so the next run can tell what a killed one left behind, and removes it. What has
+//! not been used for a month goes when a new entry of its kind comes.
 
 use std::{
     env,
     fmt::Write as _,
     fs::{self, File, TryLockError},
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
+
+/// How long an entry stays that nothing uses.
+const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The cache directory: `${XDG_CACHE_HOME:-~/.cache}/caisson`.
 #[derive(Debug)]
@@ -65,6 +70,7 @@ impl Cache {
     ) -> Result<PathBuf> {
         let path = self.root.join(kind).join(key.hex());
         if path.exists() {
+            touch(&path);
             return Ok(path);
         }
         let _lock = self.lock(&format!("{kind}-{}", key.hex()))?;
@@ -77,7 +83,26 @@ impl Cache {
         build(&building)?;
         fs::create_dir_all(self.root.join(kind)).with_context(|| format!("creating the cache of {kind}"))?;
         fs::rename(&building, &path).with_context(|| format!("publishing {}", path.display()))?;
+        touch(&path);
+        self.prune(kind)?;
         Ok(path)
+    }
+
+    /// Removes this kind's entries that nothing has used for long.
+    fn prune(&self, kind: &str) -> Result<()> {
+        let scratch = self.scratch()?;
+        let listing = || format!("listing the cache of {kind}");
+        for entry in fs::read_dir(self.root.join(kind)).with_context(listing)? {
+            let entry = entry.with_context(listing)?;
+            let used = entry.metadata().and_then(|metadata| metadata.modified()).with_context(listing)?;
+            if used.elapsed().is_ok_and(|unused| unused > KEPT) {
+                // It goes as it came: at once. The scratch directory's end removes what is in it.
+                let aside = scratch.path().join(entry.file_name());
+                fs::rename(entry.path(), aside)
+                    .with_context(|| format!("removing the unused {}", entry.path().display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// A directory on the cache's disk for the duration of one step.
@@ -133,6 +158,11 @@ impl Cache {
     fn lock_root(&self) -> PathBuf {
         self.root.join("locks")
     }
+}
+
+/// Notes that an entry is in use. One of another user's can't be noted, nor removed.
+fn touch(entry: &Path) {
+    let _ = File::open(entry).and_then(|directory| directory.set_modified(SystemTime::now()));
 }
 
 /// A directory that is removed at the end of its step, or by the next run if this one is killed.
@@ -205,6 +235,20 @@ mod tests {
         assert_eq!(builds.get(), 2);
         assert_eq!(paths[0], paths[1]);
         assert_eq!(fs::read(paths[2].join("file")).unwrap(), b"b");
+    }
+
+    #[test]
+    fn what_is_not_used_for_long_goes() {
+        let (_directory, cache) = cache();
+        let make = |name: &str| cache.entry("thing", &Key::new(name), |_| Ok(())).unwrap();
+        let (old, used) = (make("old"), make("used"));
+        let long_ago = SystemTime::now() - 2 * KEPT;
+        for entry in [&old, &used] {
+            File::open(entry).unwrap().set_modified(long_ago).unwrap();
+        }
+        make("used");
+        let new = make("new");
+        assert_eq!([old.exists(), used.exists(), new.exists()], [false, true, true]);
     }
 
     #[test]
