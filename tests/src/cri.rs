@@ -101,16 +101,33 @@ impl Cri {
     /// # Errors
     /// CRI's own.
     pub async fn run_container(&mut self, pod: &Pod, config: ContainerConfig) -> Result<String> {
+        let container = self.create_container(pod, config).await?;
+        self.start_container(&container).await?;
+        Ok(container)
+    }
+
+    /// Creates a container in a pod, and returns its id.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn create_container(&mut self, pod: &Pod, config: ContainerConfig) -> Result<String> {
         let create = CreateContainerRequest {
             pod_sandbox_id: pod.id.clone(),
             config: Some(config),
             sandbox_config: Some(pod.config.clone()),
         };
         let reply = self.client.create_container(create).await.context("CreateContainer")?;
-        let container_id = reply.into_inner().container_id;
-        let start = StartContainerRequest { container_id: container_id.clone() };
+        Ok(reply.into_inner().container_id)
+    }
+
+    /// Starts a created container.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn start_container(&mut self, container: &str) -> Result<()> {
+        let start = StartContainerRequest { container_id: container.into() };
         self.client.start_container(start).await.context("StartContainer")?;
-        Ok(container_id)
+        Ok(())
     }
 
     /// Runs a command in a container to its end.

@@ -6,6 +6,7 @@
 //! | [`containerd`] | a private containerd: configuration for 1.7 and 2.x, start, images, stop |
 //! | [`cri`] | a small CRI client, the kubelet's side |
 //! | [`ctr`] | containerd's own client, as a person types it |
+//! | [`cost`] | the time of each call of a pod's life, the memory of its processes |
 //! | [`agent`] | the agent as a plain process, and a client of it |
 //! | [`containers`] | containers of busybox through an agent, and what must hold of them |
 //! | [`guest`] | Linux guests booted by something other than containerd |
@@ -21,6 +22,7 @@
 pub mod agent;
 pub mod containerd;
 pub mod containers;
+pub mod cost;
 pub mod cri;
 pub mod ctr;
 pub mod guest;

@@ -1,9 +1,13 @@
 //! The ground that every other test stands on: is this machine one on which the rest can be known to work?
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    process::{Child, Command},
+    time::Duration,
+};
 
-use anyhow::{Result, ensure};
-use caisson_e2e::{guest, node::Product};
+use anyhow::{Context, Result, ensure};
+use caisson_e2e::{guest, leaks::Holdings, node::Product};
 
 #[test]
 fn kvm_is_there() -> Result<()> {
@@ -32,4 +36,71 @@ fn guest_kernel_reaches_user_space_on_kvm() -> Result<()> {
         println!("{} M instructions in all", boot.elapsed.as_millis());
     }
     Ok(())
+}
+
+/// Runs a shell's line.
+fn shell(line: &str) -> Result<()> {
+    let status = Command::new("sh").args(["-ec", line]).status().context("starting sh")?;
+    ensure!(status.success(), "{line}: {status}");
+    Ok(())
+}
+
+/// One of everything that a pod could leave behind.
+struct Leak(Child);
+
+impl Leak {
+    fn new(disk: &Path) -> Result<Self> {
+        let process = Command::new("sleep").arg("1000").spawn().context("starting sleep")?;
+        // From here on the end of this value removes what is there.
+        let leak = Self(process);
+        std::fs::write(disk, [0; 4096])?;
+        shell(&format!("losetup --find {}", disk.display()))?;
+        shell("mkdir -p /run/caisson/e2e-leak && mount -t tmpfs leak /run/caisson/e2e-leak")?;
+        shell("mkdir -p /sys/fs/cgroup/e2e-leak/below")?;
+        shell("ip netns add e2e-leak && ip link add e2e-leak type dummy")?;
+        Ok(leak)
+    }
+}
+
+impl Drop for Leak {
+    fn drop(&mut self) {
+        let _ = self.0.kill().and_then(|()| self.0.wait());
+        for undo in [
+            "losetup --detach-all",
+            "umount /run/caisson/e2e-leak",
+            "rmdir /run/caisson/e2e-leak",
+            "rmdir --ignore-fail-on-non-empty /run/caisson",
+            "rmdir /sys/fs/cgroup/e2e-leak/below /sys/fs/cgroup/e2e-leak",
+            "ip netns del e2e-leak",
+            "ip link del e2e-leak",
+        ] {
+            // What is missing then fails the comparison at the test's end.
+            let _ = shell(undo);
+        }
+    }
+}
+
+#[test]
+fn what_a_test_leaves_behind_is_seen() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let before = Holdings::now()?;
+    let leak = Leak::new(&directory.path().join("disk"))?;
+    let Err(error) = before.assert_nothing_added() else {
+        anyhow::bail!("nothing was seen");
+    };
+    let seen = error.to_string();
+    for what in [
+        "1 process(es) sleep",
+        "mount /run/caisson/e2e-leak",
+        "cgroup /sys/fs/cgroup/e2e-leak",
+        "cgroup /sys/fs/cgroup/e2e-leak/below",
+        "network link e2e-leak",
+        "network namespace e2e-leak",
+        "loop device loop",
+        "pod directory e2e-leak",
+    ] {
+        ensure!(seen.contains(what), "{what} was not seen: {seen}");
+    }
+    drop(leak);
+    before.assert_nothing_added()
 }

@@ -29,6 +29,7 @@ mod kernel;
 mod proc;
 mod products;
 mod steps;
+mod system;
 mod test;
 mod testbed;
 
@@ -86,6 +87,7 @@ fn main() -> Result<ExitCode> {
         Task::Demo(args) => return demo::run(&host, &args),
         Task::Fuzz(args) => fuzz::run(&host, &args)?,
         Task::Bench(bench::BenchCommand::Vmm(args)) => return bench::vmm(&host, &args),
+        Task::Bench(bench::BenchCommand::Pod(args)) => return bench::pod::run(&host, &args),
         Task::Bench(bench::BenchCommand::Inside(args)) => return bench::inside::run(&args),
         Task::Bench(bench::BenchCommand::Client(args)) => return bench::vsock::client(&args),
         Task::Testbed(command) => return testbed::run(&host, command),

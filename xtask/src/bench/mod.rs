@@ -12,6 +12,7 @@
 //! | [`control`] | the control connection of a machine |
 //! | [`memory`] | what a process holds, the guest's memory apart |
 //! | [`report`] | figures, the table, the JSON |
+//! | [`pod`] | `cargo xtask bench pod`: pods through containerd, beside runc's |
 //!
 //! In the testbed with `-icount`, a virtual millisecond is a million instructions, and figures repeat to 0.3
 //! %. They count path length: not caches, not the cost of an exit on real hardware, not parallelism. With
@@ -22,6 +23,7 @@ mod guest;
 pub(crate) mod inside;
 mod machine;
 mod memory;
+pub(crate) mod pod;
 mod report;
 mod snapshot;
 pub(crate) mod vsock;
@@ -44,6 +46,8 @@ use report::Figures;
 pub(crate) enum BenchCommand {
     /// The VMM: start, memory, throughput and latency.
     Vmm(BenchArgs),
+    /// Pods through containerd: start-up by phase beside runc's, and memory.
+    Pod(pod::PodArgs),
     /// The half that runs in the testbed.
     #[command(hide = true)]
     Inside(inside::InsideArgs),

@@ -18,11 +18,8 @@ use crate::{
     kernel::{self, KernelArgs},
     proc, products,
     steps::Steps,
-    testbed::{
-        MachineArgs, Variant,
-        boot::Lost,
-        exec::{self, ExecArgs},
-    },
+    system::{self, Place, System},
+    testbed::{Variant, boot::Lost, exec},
 };
 use outcome::Outcomes;
 
@@ -36,7 +33,7 @@ const E2E_LIMIT: u64 = 45 * 60;
 const SOAK_LIMIT: u64 = 12 * 3600;
 
 /// The tests that containerd's version may make a difference to, as a nextest filter.
-const WITH_CONTAINERD: &str = "binary(runc_baseline) | binary(testbed)";
+const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/)";
 
 /// Options of `cargo xtask test`. Without any, everything runs but the soaks.
 #[derive(Args, Clone, Debug)]
@@ -75,16 +72,16 @@ pub(crate) fn run(host: &Host, args: &TestArgs) -> Result<ExitCode> {
         checks(host, args, &mut steps);
     }
     if !args.unit
-        && let Some(parts) = build(host, args, &mut steps)
+        && let Some((system, archive)) = build(host, args, &mut steps)
     {
         if args.direct {
-            steps.run("e2e on this host", || end_to_end(host, args, &parts, None));
+            steps.run("e2e on this host", || end_to_end(host, args, (&system, &archive), None));
         }
         let variants =
             Variant::ALL.into_iter().filter(|each| args.variant.is_none_or(|wanted| wanted == *each));
         for variant in variants.filter(|_| !args.direct) {
             let name = format!("e2e in the testbed ({})", variant.name());
-            steps.run(&name, || end_to_end(host, args, &parts, Some(variant)));
+            steps.run(&name, || end_to_end(host, args, (&system, &archive), Some(variant)));
         }
         if !args.direct && !args.soak {
             steps.run("killed commands", || killed_commands(host, args));
@@ -110,22 +107,14 @@ fn checks(host: &Host, args: &TestArgs, steps: &mut Steps) {
     });
 }
 
-/// What the whole-system tests need, by its path on this host.
-struct Parts {
-    products: PathBuf,
-    kernel: PathBuf,
-    initramfs: PathBuf,
-    images: PathBuf,
-    archive: PathBuf,
-}
-
-fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<Parts> {
+/// Makes what the whole-system tests need, and their archive.
+fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<(System, PathBuf)> {
     let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
     let images = steps.run("images", || images(host, args))?;
     let products = steps.run("release builds", || products::build(host))?;
     let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
     let archive = steps.run("building the whole-system tests", || archive(host, &products))?;
-    Some(Parts { products, kernel, initramfs, images, archive })
+    Some((System { products, kernel, initramfs, images }, archive))
 }
 
 fn images(host: &Host, args: &TestArgs) -> Result<PathBuf> {
@@ -142,10 +131,7 @@ fn archive(host: &Host, products: &Path) -> Result<PathBuf> {
     let mut pack = cargo();
     pack.args(["nextest", "archive", "--package", "caisson-e2e", "--archive-file"]).arg(&archive);
     proc::run(pack.current_dir(&host.workspace))?;
-    let mut runner = cargo();
-    runner.args(["build", "--package", "caisson-e2e", "--bin", "e2e-runner"]);
-    proc::run(runner.current_dir(&host.workspace))?;
-    products::keep(&host.products("debug").join("e2e-runner"), products)?;
+    system::runners(host, products)?;
     products::keep(&nextest().context("cargo-nextest is not there any more")?, products)?;
     Ok(archive)
 }
@@ -154,7 +140,12 @@ fn archive(host: &Host, products: &Path) -> Result<PathBuf> {
 ///
 /// An emulated machine may be lost under the tests through no fault of theirs. That is said, with what the machine was
 /// at, and those that had not ended run in another; a test that has failed stays failed.
-fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Variant>) -> Result<()> {
+fn end_to_end(
+    host: &Host,
+    args: &TestArgs,
+    (system, archive): (&System, &Path),
+    variant: Option<Variant>,
+) -> Result<()> {
     let asked = filter(args, variant);
     let scratch = host.cache.scratch()?;
     let place = Place { variant, scratch: scratch.path() };
@@ -162,7 +153,9 @@ fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Varia
     let seen = || outcomes.lock().unwrap_or_else(PoisonError::into_inner);
     let mut wanted = asked.clone();
     for losses in 0.. {
-        let request = request(host, args, parts, &place, wanted.as_deref())?;
+        let nextest = nextest_in(host, args, (system, archive), &place, wanted.as_deref())?;
+        let mut request = system.beside_containerd(host, &place, nextest)?;
+        request.timeout = Some(if args.soak { SOAK_LIMIT } else { E2E_LIMIT });
         match exec::exec(host, &request, outcomes.clone()) {
             Ok(code) => {
                 ensure!(code == ExitCode::SUCCESS && seen().failures() == 0, "the whole-system tests failed");
@@ -178,66 +171,27 @@ fn end_to_end(host: &Host, args: &TestArgs, parts: &Parts, variant: Option<Varia
     Ok(())
 }
 
-/// Where tests run.
-struct Place<'a> {
-    /// The emulated machine, or this host.
-    variant: Option<Variant>,
-    /// Where tests on this host keep what they make.
-    scratch: &'a Path,
-}
-
 /// The command that runs the packed tests that `wanted` selects.
-fn request(
+fn nextest_in(
     host: &Host,
     args: &TestArgs,
-    parts: &Parts,
+    (system, archive): (&System, &Path),
     place: &Place<'_>,
     wanted: Option<&str>,
-) -> Result<ExecArgs> {
-    let variant = place.variant;
-    let there = |path: &Path| -> Result<String> {
-        let path = if variant.is_some() { exec::inside(host, path)? } else { path.to_owned() };
-        Ok(path.to_string_lossy().into_owned())
-    };
-    let mut env = Vec::new();
-    for (name, path) in [
-        ("CAISSON_BIN", &parts.products),
-        ("CAISSON_KERNEL", &parts.kernel),
-        ("CAISSON_INITRAMFS", &parts.initramfs),
-        ("CAISSON_IMAGES", &parts.images),
-    ] {
-        env.push(format!("{name}={}", there(path)?));
-    }
-    let state = if variant.is_some() { PathBuf::from("/scratch") } else { place.scratch.to_owned() };
-    env.push(format!("TMPDIR={}", state.join("tmp").display()));
-
-    // The emulated machine's own file systems are made anew at each boot, so the directory is made there.
-    let mut command: Vec<String> =
-        ["sh", "-c", "mkdir -p \"$TMPDIR\" && exec \"$@\"", "sh"].map(str::to_owned).into();
-    command.push(there(&parts.products.join("e2e-runner"))?);
-    command.push(format!("--state={}", state.join("e2e").display()));
-    command.push(there(&parts.products.join("cargo-nextest"))?);
+) -> Result<Vec<String>> {
+    let mut command = vec![place.path(host, &system.products.join("cargo-nextest"))?];
     command.extend(["nextest", "run", "--no-fail-fast", "--archive-file"].map(str::to_owned));
-    command.push(there(&parts.archive)?);
-    command.push(format!("--workspace-remap={}", there(&host.workspace)?));
+    command.push(place.path(host, archive)?);
+    command.push(format!("--workspace-remap={}", place.path(host, &host.workspace)?));
     if let Some(wanted) = wanted {
         command.extend(["-E", wanted, "--no-tests", "pass"].map(str::to_owned));
     }
-    let limit = if args.soak {
+    if args.soak {
         command.extend(["--profile=soak", "--run-ignored=only"].map(str::to_owned));
-        SOAK_LIMIT
     } else {
         command.push("--profile=e2e".to_owned());
-        E2E_LIMIT
-    };
-    Ok(ExecArgs {
-        machine: MachineArgs::of(variant.unwrap_or_default()),
-        exchange: None,
-        env,
-        timeout: Some(limit),
-        direct: variant.is_none(),
-        command,
-    })
+    }
+    Ok(command)
 }
 
 /// The tests to run on a variant: both have the same kernel, so what has nothing to do with containerd runs on one.

@@ -1,0 +1,105 @@
+//! What a pod costs: the time of each call of its life, and the memory of the processes that it needs.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    containerd::BUSYBOX_IMAGE,
+    cri::{self, Cri, Pod},
+};
+
+/// The processes of a pod in a machine of its own, by the names of their files.
+const PROCESSES: [&str; 2] = ["containerd-shim-caisson-v2", "caisson-vmm"];
+
+/// How long each call took, in the order of a pod's life.
+#[derive(Clone, Debug, Default)]
+pub struct Times(pub Vec<(&'static str, Duration)>);
+
+impl Times {
+    /// From the request of the pod to its container's start.
+    pub fn until_started(&self) -> Duration {
+        self.0.iter().filter(|(call, _)| *call != REMOVE).map(|(_, time)| *time).sum()
+    }
+}
+
+/// The name of the last call.
+const REMOVE: &str = "remove";
+
+/// A pod with one busybox in it, started through this handler.
+///
+/// # Errors
+/// CRI's own.
+pub async fn start_pod(cri: &mut Cri, name: &str, handler: &str) -> Result<(Pod, String, Times)> {
+    let mut clock = Clock::start();
+    let pod = cri.run_pod(cri::pod_config(name), handler).await?;
+    clock.lap("run_pod_sandbox");
+    let config = cri::container_config("busybox", BUSYBOX_IMAGE, &["sleep", "1000"]);
+    let container = cri.create_container(&pod, config).await?;
+    clock.lap("create_container");
+    cri.start_container(&container).await?;
+    clock.lap("start_container");
+    Ok((pod, container, clock.times))
+}
+
+/// Starts a pod, lets its container run a command, removes it.
+///
+/// # Errors
+/// CRI's own.
+pub async fn a_pods_life(cri: &mut Cri, name: &str, handler: &str) -> Result<Times> {
+    let (pod, container, times) = start_pod(cri, name, handler).await?;
+    let mut clock = Clock { times, since: Instant::now() };
+    cri.exec(&container, &["true"]).await?;
+    clock.lap("exec");
+    cri.remove_pod(&pod).await?;
+    clock.lap(REMOVE);
+    Ok(clock.times)
+}
+
+struct Clock {
+    times: Times,
+    since: Instant,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self { times: Times::default(), since: Instant::now() }
+    }
+
+    fn lap(&mut self, call: &'static str) {
+        let now = Instant::now();
+        self.times.0.push((call, now - self.since));
+        self.since = now;
+    }
+}
+
+/// The proportional set size of all pods' processes, in KiB by the name of their file: memory that several processes
+/// share counts for each by its part. A machine's memory is its VMM's.
+///
+/// # Errors
+/// When `/proc` can't be read.
+pub fn pss_kib() -> Result<BTreeMap<&'static str, u64>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir("/proc").context("reading /proc")? {
+        let process = entry.context("reading /proc")?.path();
+        let Some(name) = name_of(&process) else { continue };
+        // One that has ended since holds nothing.
+        let rollup = fs::read_to_string(process.join("smaps_rollup")).unwrap_or_default();
+        let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+        let pss = pss.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0);
+        *found.entry(name).or_default() += pss;
+    }
+    Ok(found)
+}
+
+/// Which of a pod's programs a process runs. In a jail the link's path is another, and its last part the same.
+fn name_of(process: &Path) -> Option<&'static str> {
+    let program = fs::read_link(process.join("exe")).ok()?;
+    let program = program.file_name()?.to_string_lossy().into_owned();
+    PROCESSES.into_iter().find(|name| program == *name || program == format!("{name} (deleted)"))
+}

@@ -1,0 +1,115 @@
+//! The whole system on a machine with KVM: our binaries, what they boot, and containerd beside a command.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::{
+    host::{Host, cargo},
+    images, initramfs,
+    kernel::{self, KernelArgs},
+    proc, products,
+    testbed::{
+        MachineArgs, Variant,
+        exec::{self, ExecArgs},
+    },
+};
+
+/// Everything that it is made of, by its path on this host.
+#[derive(Clone, Debug)]
+pub(crate) struct System {
+    /// Our binaries.
+    pub(crate) products: PathBuf,
+    /// The guest's kernel.
+    pub(crate) kernel: PathBuf,
+    /// The guest's initramfs, with the agent.
+    pub(crate) initramfs: PathBuf,
+    /// The directory of the images.
+    pub(crate) images: PathBuf,
+}
+
+/// Where a command runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place<'a> {
+    /// The emulated machine; this host if there is none.
+    pub(crate) variant: Option<Variant>,
+    /// Where commands on this host keep what they make.
+    pub(crate) scratch: &'a Path,
+}
+
+impl Place<'_> {
+    /// The path there of a file of this host.
+    ///
+    /// # Errors
+    /// When the testbed does not see it.
+    pub(crate) fn path(&self, host: &Host, path: &Path) -> Result<String> {
+        let path = if self.variant.is_some() { exec::inside(host, path)? } else { path.to_owned() };
+        Ok(path.to_string_lossy().into_owned())
+    }
+}
+
+impl System {
+    /// Makes all of it, and the commands that run beside containerd.
+    ///
+    /// # Errors
+    /// When something can't be built.
+    pub(crate) fn build(host: &Host) -> Result<Self> {
+        let kernel = kernel::build(host, KernelArgs::default())?;
+        let images = images::build(host)?;
+        let products = products::build(host)?;
+        let initramfs = initramfs::build(host, &products.join("caisson-agent"))?;
+        runners(host, &products)?;
+        Ok(Self { products, kernel, initramfs, images })
+    }
+
+    /// How to run a command beside a containerd of its own, told by its environment where everything is.
+    ///
+    /// # Errors
+    /// When the testbed does not see a part.
+    pub(crate) fn beside_containerd(
+        &self,
+        host: &Host,
+        place: &Place<'_>,
+        command: Vec<String>,
+    ) -> Result<ExecArgs> {
+        let mut env = Vec::new();
+        for (name, path) in [
+            ("CAISSON_BIN", &self.products),
+            ("CAISSON_KERNEL", &self.kernel),
+            ("CAISSON_INITRAMFS", &self.initramfs),
+            ("CAISSON_IMAGES", &self.images),
+        ] {
+            env.push(format!("{name}={}", place.path(host, path)?));
+        }
+        let state = if place.variant.is_some() { Path::new("/scratch") } else { place.scratch };
+        env.push(format!("TMPDIR={}", state.join("tmp").display()));
+
+        // The emulated machine's own file systems are made anew at each boot, so the directory is made there.
+        let mut words: Vec<String> =
+            ["sh", "-c", "mkdir -p \"$TMPDIR\" && exec \"$@\"", "sh"].map(str::to_owned).into();
+        words.push(place.path(host, &self.products.join("e2e-runner"))?);
+        words.push(format!("--state={}", state.join("e2e").display()));
+        words.extend(command);
+        Ok(ExecArgs {
+            machine: MachineArgs::of(place.variant.unwrap_or_default()),
+            exchange: None,
+            env,
+            timeout: None,
+            direct: place.variant.is_none(),
+            command: words,
+        })
+    }
+}
+
+/// Puts the commands that run beside containerd into the directory of our binaries.
+///
+/// # Errors
+/// When they do not build.
+pub(crate) fn runners(host: &Host, products: &Path) -> Result<()> {
+    let runners = ["e2e-runner", "pods"];
+    let mut build = cargo();
+    build.args(["build", "--package", "caisson-e2e"]);
+    build.args(runners.iter().flat_map(|runner| ["--bin", runner]));
+    proc::run(build.current_dir(&host.workspace))?;
+    runners.iter().try_for_each(|runner| products::keep(&host.products("debug").join(runner), products))
+}
