@@ -57,7 +57,9 @@ impl Leak {
         shell(&format!("losetup --find {}", disk.display()))?;
         shell("mkdir -p /run/caisson/e2e-leak && mount -t tmpfs leak /run/caisson/e2e-leak")?;
         shell("mkdir -p /sys/fs/cgroup/e2e-leak/below")?;
-        shell("ip netns add e2e-leak && ip link add e2e-leak type dummy")?;
+        // Not by `ip netns` and no dummy: the first of either leaves more than itself.
+        shell("mkdir -p /run/netns && touch /run/netns/e2e-leak && unshare --net=/run/netns/e2e-leak true")?;
+        shell("ip link add e2e-leak type bridge")?;
         Ok(leak)
     }
 }
@@ -71,7 +73,8 @@ impl Drop for Leak {
             "rmdir /run/caisson/e2e-leak",
             "rmdir --ignore-fail-on-non-empty /run/caisson",
             "rmdir /sys/fs/cgroup/e2e-leak/below /sys/fs/cgroup/e2e-leak",
-            "ip netns del e2e-leak",
+            "umount /run/netns/e2e-leak",
+            "rm /run/netns/e2e-leak",
             "ip link del e2e-leak",
         ] {
             // What is missing then fails the comparison at the test's end.

@@ -29,7 +29,7 @@ const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-sa
 /// The kernel's command line. The clock needs no watchdog and the emulated processor no mitigations. The kernel boots on
 /// one processor, since most of its patching of itself happens then; init.sh starts the others.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr tsc=nowatchdog clocksource=tsc \
-                       random.trust_cpu=on apparmor=0 maxcpus=1";
+                       random.trust_cpu=on apparmor=0 maxcpus=1 no_timer_check";
 
 /// A century is no limit.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
