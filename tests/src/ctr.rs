@@ -38,7 +38,7 @@ impl Ctr {
     /// Runs `ctr` with these arguments, whatever it exits with.
     ///
     /// # Errors
-    /// When it can't be started, or is still running after five minutes.
+    /// When it can't be started, or is still running after a quarter of an hour.
     pub fn try_run<S: AsRef<OsStr>>(&self, args: &[S]) -> Result<Output> {
         let mut command = Command::new("timeout");
         command.args(["--kill-after=5", &TIMEOUT.as_secs().to_string(), "ctr", "--address"]);
@@ -60,7 +60,8 @@ impl Ctr {
     }
 }
 
-const TIMEOUT: Duration = Duration::from_secs(300);
+/// How long one command may take: to unpack a large image on an emulated machine takes minutes.
+const TIMEOUT: Duration = Duration::from_secs(900);
 
 /// Runs a command to its end and collects what it said.
 ///
