@@ -17,6 +17,7 @@
 //!
 //! [console]
 //! output = "/dev/stdout"
+//! input = "/dev/stdin"
 //! ```
 //!
 //! Files are named by path, or as `fd:N`: descriptor N of those that the process was started with, or that
