@@ -7,8 +7,9 @@
 //! - Names that an architecture does not know are skipped there.
 //!
 //! Beside it stands [`vsock_guard`], which every container gets: no process in a container may make a vsock socket,
-//! as the agent's own channel to the host is one. It is the second wall: the agent accepts peers with the host's
-//! address only, and the guest's kernel has no vsock loopback. What it can not see is a socket made by io_uring.
+//! as the agent's own channel to the host is one. A ring of io_uring(7) makes sockets that no filter sees, so there are
+//! no rings either. Behind it stands a second wall: the agent accepts peers with the host's address only, and the
+//! guest's kernel has no vsock loopback.
 
 mod syscalls;
 
@@ -115,14 +116,18 @@ pub fn compile(seccomp: &Seccomp) -> Result<Filter, Error> {
     Ok(Filter { flags, program })
 }
 
-/// The filter that every container gets: AF_VSOCK sockets do not exist.
+/// The filter that every container gets: AF_VSOCK sockets do not exist, and neither does io_uring, which could make
+/// them.
 pub fn vsock_guard() -> Filter {
+    /// io_uring_setup(2), io_uring_enter(2) and io_uring_register(2) have one number on all architectures.
+    const IO_URING: (u32, u32) = (425, 427);
     const AF_VSOCK: u32 = 40;
     const SOCKET: u32 = 41;
     const SOCKET_I386: u32 = 359;
     const SOCKETCALL_I386: u32 = 102;
     const SYS_SOCKET: u32 = 1;
     let refuse = RET_ERRNO | errno(libc::EAFNOSUPPORT);
+    let no_rings = Some((IO_URING.0, IO_URING.1, RET_ERRNO | errno(libc::ENOSYS)));
     let mut program = vec![(LOAD, 0, 0, ARCHITECTURE)];
     // x32 has the same number with a bit.
     let family = [
@@ -131,11 +136,15 @@ pub fn vsock_guard() -> Filter {
         (RETURN, 0, 0, refuse),
         (RETURN, 0, 0, RET_ALLOW),
     ];
-    let mut native = vec![(LOAD, 0, 0, NUMBER), (AND, 0, 0, !X32_BIT), (JUMP_EQUAL, 0, 4, SOCKET)];
+    let mut native = vec![(LOAD, 0, 0, NUMBER), (AND, 0, 0, !X32_BIT)];
+    emit_range(no_rings, &mut native);
+    native.push((JUMP_EQUAL, 0, 4, SOCKET));
     native.extend(family);
     native.push((RETURN, 0, 0, RET_ALLOW));
     guarded(&mut program, AUDIT_ARCH_X86_64, native);
-    let mut i386 = vec![(LOAD, 0, 0, NUMBER), (JUMP_EQUAL, 0, 4, SOCKET_I386)];
+    let mut i386 = vec![(LOAD, 0, 0, NUMBER)];
+    emit_range(no_rings, &mut i386);
+    i386.push((JUMP_EQUAL, 0, 4, SOCKET_I386));
     i386.extend(family);
     // The family is behind a pointer there. C libraries that still go this way try socket(2) first.
     i386.extend([

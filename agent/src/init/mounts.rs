@@ -86,7 +86,20 @@ pub fn prepare() -> Result<(), InitError> {
     }
     fs::create_dir_all("/etc").map_err(InitError::new("make", "/etc"))?;
     umask(Mode::from_bits_truncate(0o022));
+    forbid_rings();
     prepare_cgroups()
+}
+
+/// No process of this machine gets an io_uring(7): its sockets pass by the filter that keeps containers from vsock.
+/// That filter refuses rings as well, also where a privileged container changes this parameter back.
+fn forbid_rings() {
+    const PARAMETER: &str = "/proc/sys/kernel/io_uring_disabled";
+    match fs::write(PARAMETER, "2") {
+        // A kernel before 6.6, or one without io_uring.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(%error, "{PARAMETER} is not set"),
+        Ok(()) => {}
+    }
 }
 
 /// Makes a tmpfs the root: `pivot_root(2)`, which containers need, refuses to work on the initramfs itself.

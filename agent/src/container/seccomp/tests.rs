@@ -162,6 +162,17 @@ fn vsock_sockets_are_refused_by_every_door() {
     assert_eq!(call(AUDIT_ARCH_I386, 102, 3), RET_ALLOW);
     assert_eq!(call(AUDIT_ARCH_I386, 359, 1), RET_ALLOW);
     assert_eq!(call(AUDIT_ARCH_I386, 41, 40), RET_ALLOW);
+    for ring in 425..=427 {
+        for (arch, number) in
+            [(AUDIT_ARCH_X86_64, ring), (AUDIT_ARCH_X86_64, X32_BIT | ring), (AUDIT_ARCH_I386, ring)]
+        {
+            assert_eq!(call(arch, number, 0), RET_ERRNO | 38, "{number}");
+        }
+    }
+    for other in [424, 428] {
+        assert_eq!(call(AUDIT_ARCH_X86_64, other, 40), RET_ALLOW);
+        assert_eq!(call(AUDIT_ARCH_I386, other, 40), RET_ALLOW);
+    }
 }
 
 proptest! {
