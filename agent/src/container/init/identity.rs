@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::path::PathBuf;
 
+use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid};
 
@@ -191,6 +192,10 @@ impl<'a> Identity<'a> {
             move |errno: nix::errno::Errno| Error::apply(name, action)(errno.into())
         };
         nix::sys::stat::umask(Mode::from_bits_truncate(user.umask.unwrap_or(0o022)));
+        // Rust's runtime ignores it, and what is ignored stays so for the program.
+        // SAFETY: the default action runs no code of this process.
+        unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigDfl) }
+            .map_err(|errno| Error::system("set the default action of SIGPIPE")(errno.into()))?;
         if let Some(persona) = self.personality {
             // SAFETY: no pointers.
             sys::check(unsafe { libc::personality(persona) }.into())
