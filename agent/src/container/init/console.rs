@@ -43,7 +43,10 @@ pub(super) fn open(root: &Root, process: &Process) -> Result<Terminal, Error> {
 /// Puts the terminal at `/dev/console`.
 pub(super) fn mount(root: &Root, terminal: &Terminal) -> Result<(), Error> {
     let failed = || Error::apply("process.terminal", "mount /dev/console");
-    let target = root.file(Path::new("/dev/console")).map_err(failed())?;
+    let path = Path::new("/dev/console");
+    root.file(path).map_err(failed())?;
+    // A link in a /dev that was not made for this container would send the terminal over something else.
+    let target = root.resolve_plain(path).map_err(failed())?;
     let tree = sys::open_tree(Some(terminal.slave.as_fd()), c"", sys::OPEN_TREE_CLONE).map_err(failed())?;
     sys::move_mount(tree.as_fd(), target.as_fd()).map_err(failed())
 }
