@@ -127,13 +127,20 @@ impl Runtime {
     /// Sends a signal to the init process (`process` empty) or an exec, or to `all` processes of the container.
     ///
     /// # Errors
-    /// [`Error::NoProcess`] when it has ended.
+    /// [`Error::NoProcess`] when it, or for `all` the init process, has ended.
     pub fn signal(&self, id: &str, process: &str, signal: i32, all: bool) -> Result<(), Error> {
         let container = self.inner.container(id)?;
         if !(1..=64).contains(&signal) {
             return Err(Error::invalid("signal", format!("{signal} is not between 1 and 64")));
         }
-        if all { container.cgroup.signal_all(signal) } else { container.process(process)?.signal(id, signal) }
+        if !all {
+            return container.process(process)?.signal(id, signal);
+        }
+        // What outlived the init process is killed by whoever saw its end.
+        if container.init.exit().is_some() {
+            return Err(no_process(id, ""));
+        }
+        container.cgroup.signal_all(signal)
     }
 
     /// Returns when the process has ended, at once if it has.
