@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use caisson_agent::options::{Command, Listen, OptionError, Options, USAGE};
+use caisson_agent::options::{Command, Drill, Listen, OptionError, Options, USAGE};
 use caisson_agent::reaper::Reaper;
 use caisson_agent::state::{Shutdown, State};
 use caisson_agent::{connection, init, log, pod, service};
@@ -133,9 +133,14 @@ fn serve(
         let mut interrupt = signal(SignalKind::interrupt())?;
         let by_signal = Shutdown { reboot: false, grace_ms: SIGNAL_GRACE_MS };
         let mut server = tokio::spawn(service::serve(state.clone(), incoming));
+        if let Some(drill) = options.drill {
+            tokio::spawn(break_on_purpose(drill));
+        }
+        let mut serving = true;
         let how = tokio::select! {
             result = &mut server => {
                 result??;
+                serving = false;
                 by_signal
             }
             how = shutdown.wait_for(Option::is_some) => how.ok().and_then(|how| *how).unwrap_or(by_signal),
@@ -149,8 +154,10 @@ fn serve(
         }
         state.closing.send_replace(true);
         // So that the last events reach the host; calls that wait for what will not happen are cut off.
-        let _ = tokio::time::timeout(REMOVAL, emptied.wait_for(|&emptied| emptied)).await;
-        let _ = tokio::time::timeout(LAST_WORDS, server).await;
+        if serving {
+            let _ = tokio::time::timeout(REMOVAL, emptied.wait_for(|&emptied| emptied)).await;
+            let _ = tokio::time::timeout(LAST_WORDS, server).await;
+        }
         Ok(how)
     })
 }
@@ -162,6 +169,13 @@ fn report_panics(state: &Arc<State>) {
         error!(%panic, "panic");
         state.fault("panic", panic.to_string());
     }));
+}
+
+#[allow(clippy::panic)] // That is the drill.
+async fn break_on_purpose(drill: Drill) {
+    match drill {
+        Drill::Panic => panic!("a drill"),
+    }
 }
 
 fn follow_kernel_log(state: &Arc<State>) {

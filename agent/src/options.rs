@@ -12,12 +12,15 @@ pub const USAGE: &str = "\
 Usage: caisson-agent [--listen vsock|unix:PATH] [--root DIR] [--log LEVEL]
 
 As PID 1 the agent sets up the machine first, and takes its options from the
-kernel command line: caisson.listen=, caisson.root=, caisson.log=.
+kernel command line: caisson.listen=, caisson.root=, caisson.log=,
+caisson.drill=.
 
   --listen vsock      vsock ports of the agent's protocol (default)
   --listen unix:PATH  a unix socket that answers CONNECT <port>
   --root DIR          state and mounts (default /run/caisson)
   --log LEVEL         error, warn, info (default), debug or trace
+  --drill panic       once serving, a task of the agent panics: to try what
+                      watches over its health
   --version           print the version
 ";
 
@@ -39,6 +42,15 @@ pub struct Options {
     pub root: PathBuf,
     /// Most verbose level that is logged.
     pub log: Level,
+    /// What shall break once the agent serves.
+    pub drill: Option<Drill>,
+}
+
+/// Something that breaks on purpose, so that what watches over the agent's health can be tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drill {
+    /// A task panics.
+    Panic,
 }
 
 /// What the command line asks for.
@@ -74,7 +86,7 @@ pub enum OptionError {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { listen: Listen::Vsock, root: DEFAULT_ROOT.into(), log: Level::INFO }
+        Options { listen: Listen::Vsock, root: DEFAULT_ROOT.into(), log: Level::INFO, drill: None }
     }
 }
 
@@ -91,7 +103,7 @@ impl Options {
             match argument {
                 Long("help") | Short('h') => return Ok(Command::Help),
                 Long("version") | Short('V') => return Ok(Command::Version),
-                Long(name @ ("listen" | "root" | "log")) => {
+                Long(name @ ("listen" | "root" | "log" | "drill")) => {
                     let name = name.to_owned();
                     options.set(&name, &parser.value()?.string()?)?;
                 }
@@ -127,6 +139,8 @@ impl Options {
             "root" if value.starts_with('/') => self.root = value.into(),
             "root" => return Err(invalid()),
             "log" => self.log = value.parse().map_err(|_| invalid())?,
+            "drill" if value == "panic" => self.drill = Some(Drill::Panic),
+            "drill" => return Err(invalid()),
             _ => return Err(OptionError::Unknown(name.to_owned())),
         }
         Ok(())
@@ -145,18 +159,23 @@ mod tests {
 
     #[test]
     fn arguments() {
-        let Command::Run(options) = parse(&["--listen", "unix:/a", "--root=/b", "--log", "debug"]).unwrap()
-        else {
-            panic!("no run");
+        let arguments = ["--listen", "unix:/a", "--root=/b", "--log", "debug", "--drill=panic"];
+        let wanted = Options {
+            listen: Listen::Unix("/a".into()),
+            root: "/b".into(),
+            log: Level::DEBUG,
+            drill: Some(Drill::Panic),
         };
-        assert_eq!(
-            options,
-            Options { listen: Listen::Unix("/a".into()), root: "/b".into(), log: Level::DEBUG }
-        );
+        assert_eq!(parse(&arguments).unwrap(), Command::Run(wanted));
         assert_eq!(parse(&["-h", "x"]).unwrap(), Command::Help);
-        for bad in
-            [&["--listen", "tcp:1"][..], &["--root", "relative"], &["--nonsense"], &["x"], &["--log", "loud"]]
-        {
+        for bad in [
+            &["--listen", "tcp:1"][..],
+            &["--root", "relative"],
+            &["--nonsense"],
+            &["x"],
+            &["--log", "loud"],
+            &["--drill", "fire"],
+        ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
     }
