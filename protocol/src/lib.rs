@@ -1,11 +1,12 @@
 //! The contract between the host (shim, CLI) and `caisson-agent`.
 //!
 //! - [`v1`]: the gRPC services and messages, generated from `proto/`; every verb and status code is described there.
-//! - [`client`]: the host's end: typed clients of all services.
+//! - `client`: the host's end: typed clients of all services (feature `client`, on by default).
 //! - [`connect`]: the `CONNECT <port>` handshake of the unix socket behind a vsock device, both sides.
 //! - [`stream`]: the handshake of byte streams, both sides.
 //! - [`ports`], [`limits`]: constants that both ends keep to.
 
+#[cfg(feature = "client")]
 pub mod client;
 pub mod connect;
 pub mod limits;
