@@ -2,10 +2,12 @@ use std::{
     collections::BTreeSet,
     fs, io,
     os::{
-        fd::{OwnedFd, RawFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::fs::OpenOptionsExt,
     },
 };
+
+use libc::{c_int, c_long};
 
 use super::{JailError, step};
 
@@ -79,4 +81,49 @@ pub fn own_descriptors() -> io::Result<OwnedFd> {
     let mut options = fs::File::options();
     options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY);
     options.open("/proc/self/fd").map(OwnedFd::from)
+}
+
+/// The same, in a procfs that shows nothing but the processes of this PID namespace and is mounted nowhere:
+/// whoever gets hold of the descriptor finds no way from it to the host's processes and settings. Where the
+/// kernel does not let a user namespace have a procfs of its own, it is the host's.
+pub(super) fn private_descriptors() -> io::Result<OwnedFd> {
+    private_procfs().and_then(|procfs| open_at(&procfs, c"self/fd")).or_else(|_| own_descriptors())
+}
+
+/// FSCONFIG_SET_STRING and FSCONFIG_CMD_CREATE (`linux/mount.h`).
+const SET_STRING: c_int = 1;
+const CREATE: c_int = 6;
+
+fn private_procfs() -> io::Result<OwnedFd> {
+    // SAFETY: a C string.
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), CLOEXEC) })?;
+    let fd = context.as_raw_fd();
+    let (key, value) = (c"subset".as_ptr(), c"pid".as_ptr());
+    // SAFETY: C strings, as this command takes them.
+    succeeded(unsafe { libc::syscall(libc::SYS_fsconfig, fd, SET_STRING, key, value, 0) })?;
+    let none = std::ptr::null::<u8>();
+    // SAFETY: this command takes nothing.
+    succeeded(unsafe { libc::syscall(libc::SYS_fsconfig, fd, CREATE, none, none, 0) })?;
+    let flags = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    // SAFETY: no pointers.
+    owned(unsafe { libc::syscall(libc::SYS_fsmount, fd, CLOEXEC, flags) })
+}
+
+/// FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
+const CLOEXEC: c_int = 1;
+
+fn open_at(dir: &OwnedFd, path: &std::ffi::CStr) -> io::Result<OwnedFd> {
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: a C string.
+    owned(unsafe { libc::openat(dir.as_raw_fd(), path.as_ptr(), flags) }.into())
+}
+
+fn succeeded(result: c_long) -> io::Result<c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn owned(result: c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(succeeded(result)?).map_err(io::Error::other)?;
+    // SAFETY: a descriptor that was just made, and belongs to nobody yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -87,8 +87,10 @@ pub struct JailConfig {
     pub sockets: Option<PathBuf>,
     /// The directory of a cgroup to join.
     pub cgroup: Option<PathBuf>,
-    /// The most descriptors that may be open at once; by default 4,096, and 20,480 with a share, whose files
-    /// each take one. Never more than the limit the process came with.
+    /// The most descriptors that may be open at once; by default 4,096. With a share, of which every file
+    /// that the guest's kernel remembers takes one, it is a sixteenth of what the host can have open
+    /// (`fs.file-max`), but not less than 20,480 and not more than 1,048,576. Never more than the limit the
+    /// process came with.
     pub max_open_files: Option<u64>,
     /// The longest file that may be written, in bytes. Disks, snapshots and logs are files.
     pub max_file_size: Option<u64>,
@@ -358,11 +360,12 @@ impl Jail {
                 | CloneFlags::CLONE_NEWCGROUP,
         )
         .map_err(step("making namespaces"))?;
-        let descriptors = self.config.share.is_some().then(own_descriptors).transpose();
+        let descriptors = self.config.share.is_some().then(descriptors::private_descriptors).transpose();
         let descriptors = descriptors.map_err(step("opening /proc/self/fd"))?;
+        let max_open_files = privileges::max_open_files(&self.config);
         filesystem::enter(&self.config)?;
         let share = descriptors.map(filesystem::open_share).transpose()?;
-        privileges::limit_resources(&self.config, self.ids.is_some())?;
+        privileges::limit_resources(&self.config, max_open_files, self.ids.is_some())?;
         if self.mapped_ids().is_some() {
             unshare(CloneFlags::CLONE_NEWUSER).map_err(step("making a user namespace"))?;
             supervisor::ask_for_ids(&mut link)?;

@@ -18,13 +18,15 @@ use nix::{
 use super::{JailConfig, JailError, SHARE, step};
 
 /// What serving files with their owners takes, and no more: no mounts, no device nodes, no other namespace.
-pub(super) const SHARE_CAPABILITIES: [Capability; 6] = [
+/// (A file's capabilities that are set from a user namespace mean nothing outside of it.)
+pub(super) const SHARE_CAPABILITIES: [Capability; 7] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_FOWNER,
     Capability::CAP_FSETID,
     Capability::CAP_SETUID,
     Capability::CAP_SETGID,
+    Capability::CAP_SETFCAP,
 ];
 
 /// The most processes and threads of a VM's user: its vCPUs, and a few for devices.
@@ -49,9 +51,13 @@ pub enum LandlockStatus {
 }
 
 /// Sets the limits of the process. With a user of its own that includes the number of its threads.
-pub(super) fn limit_resources(config: &JailConfig, own_user: bool) -> Result<(), JailError> {
+pub(super) fn limit_resources(
+    config: &JailConfig,
+    max_open_files: u64,
+    own_user: bool,
+) -> Result<(), JailError> {
     let mut limits = vec![
-        (Resource::RLIMIT_NOFILE, max_open_files(config)),
+        (Resource::RLIMIT_NOFILE, max_open_files),
         (Resource::RLIMIT_CORE, 0),
         (Resource::RLIMIT_MEMLOCK, MAX_LOCKED),
         (Resource::RLIMIT_MSGQUEUE, 0),
@@ -75,9 +81,19 @@ pub(super) fn limit_resources(config: &JailConfig, own_user: bool) -> Result<(),
     Ok(())
 }
 
-fn max_open_files(config: &JailConfig) -> u64 {
-    let default = if config.share.is_some() { 20_480 } else { 4096 };
-    config.max_open_files.unwrap_or(default)
+/// How many descriptors there may be, see [`JailConfig::max_open_files`]. To be asked while there is a
+/// `/proc`.
+pub(super) fn max_open_files(config: &JailConfig) -> u64 {
+    let default = || {
+        if config.share.is_none() {
+            return 4096;
+        }
+        // One guest must not be able to take all that the host has.
+        let host = std::fs::read_to_string("/proc/sys/fs/file-max").ok();
+        let host = host.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
+        (host / 16).clamp(20_480, 1 << 20)
+    };
+    config.max_open_files.unwrap_or_else(default)
 }
 
 /// Gives up other groups, the user, capabilities, and the ways to regain any of them.
@@ -146,7 +162,8 @@ fn landlock_rules(share: bool) -> Result<LandlockStatus, landlock::RulesetError>
         .create()?;
     let ruleset = match PathFd::new(SHARE) {
         Ok(directory) if share => {
-            let refused: BitFlags<AccessFs> = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
+            // Character devices take CAP_MKNOD, but for an overlay's mark for a deleted file, which is none.
+            let refused: BitFlags<AccessFs> = AccessFs::Execute | AccessFs::MakeBlock;
             ruleset.add_rule(PathBeneath::new(directory, AccessFs::from_all(abi) & !refused))?
         }
         _ => ruleset,

@@ -251,8 +251,8 @@ fn the_share_is_served_and_later_mounts_come_in() {
     assert_eq!(field(&status, "CapEff"), ["0000000000000000"], "only a thread that asks has them");
     assert_eq!(
         field(&status, "CapPrm"),
-        ["00000000000000db"],
-        "chown, dac_override, fowner, fsetid, set[ug]id"
+        ["00000000800000db"],
+        "chown, dac_override, fowner, fsetid, set[ug]id, setfcap"
     );
     assert_eq!(field(&status, "CapBnd"), ["0000000000000000"]);
     assert_eq!(jailed.line(), "content true true");
@@ -288,7 +288,30 @@ fn capabilities_for_the_share_are_a_threads_own_business() {
         writeln!(report, "{:?} {:?} {}", server.join().unwrap(), other.join().unwrap(), effective()).unwrap();
         0
     });
-    assert_eq!(outcome.report, "6 (0, true) 0\n");
+    assert_eq!(outcome.report, "7 (0, true) 0\n");
+}
+
+#[test]
+fn the_way_to_descriptors_leads_to_no_process_of_the_host() {
+    let host = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(host.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let config = JailConfig { share: Some(host.path().into()), ..JailConfig::default() };
+    let outcome = jailed(config, |inside, report| {
+        use std::os::fd::AsFd;
+        let descriptors = inside.share.as_ref().unwrap().descriptors.as_fd();
+        // An O_PATH descriptor is no more than a place, which Landlock has no say in.
+        let flags = nix::fcntl::OFlag::O_PATH;
+        let open = |path: &str| nix::fcntl::openat(descriptors, path, flags, Mode::empty());
+        let found = ["0", "../../1/fd", "../../sys", "../../2", "../../cpuinfo", "../../../etc"]
+            .map(|path| open(path).is_ok());
+        writeln!(report, "{found:?}").unwrap();
+        0
+    });
+    // Where a user namespace may have no procfs of its own it is the host's, for which whoever runs this is a
+    // user.
+    if is_root().unwrap() {
+        assert_eq!(outcome.report, "[true, true, false, false, false, false]\n");
+    }
 }
 
 #[test]
