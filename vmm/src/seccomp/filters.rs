@@ -252,8 +252,10 @@ const FS: &[Call] = &[
     any(libc::SYS_pwritev),
     any(libc::SYS_fallocate),
     any(libc::SYS_ftruncate),
+    any(libc::SYS_copy_file_range),
     any(libc::SYS_fsync),
     any(libc::SYS_fdatasync),
+    any(libc::SYS_syncfs),
     // Names.
     any(libc::SYS_mkdirat),
     any(libc::SYS_mknodat),

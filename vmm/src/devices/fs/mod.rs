@@ -8,9 +8,9 @@
 //! | `worker` | the threads that do it |
 //! | `state`, `metrics` | what a snapshot and an observer see |
 //!
-//! The event loop takes chains from the queues and hands them to the workers, which wait for the disk in its place
-//! and complete them. In flight are never more requests than a queue has entries; a reset and a snapshot wait for
-//! them to end.
+//! The event loop takes chains from the queues and hands them to the workers, which wait for the disk in its
+//! place and complete them. In flight are never more requests than a queue has entries; a reset and a
+//! snapshot wait for them to end.
 
 mod config;
 mod metrics;
@@ -144,9 +144,9 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// Shares the directory `root`, which may be open with `O_PATH`, and all that is mounted below it. Requests are
-    /// served by `workers`, with their privileges: giving files to their owners takes CAP_CHOWN, CAP_DAC_OVERRIDE,
-    /// CAP_FOWNER, CAP_FSETID, CAP_SETUID and CAP_SETGID over the ids in use.
+    /// Shares the directory `root`, which may be open with `O_PATH`, and all that is mounted below it.
+    /// Requests are served by `workers`, with their privileges: giving files to their owners takes CAP_CHOWN,
+    /// CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID, CAP_SETUID, CAP_SETGID and CAP_SETFCAP over the ids in use.
     ///
     /// # Errors
     /// When the configuration or the directory is refused.
@@ -208,12 +208,12 @@ impl Fs {
     }
 
     fn submit(&self, active: &Arc<Active>, index: usize, chain: DescriptorChain<GuestMem>) {
-        let (active, server) = (active.clone(), self.server.clone());
+        let (active, share, server) = (active.clone(), self.share.clone(), self.server.clone());
         let (metrics, again) = (self.metrics.clone(), self.again.clone());
         self.workers.submit(Box::new(move || {
             if !active.cancelled.load(Ordering::Acquire) {
                 let head = chain.head_index();
-                let len = request::serve(&server, &active.mem, chain, &metrics);
+                let len = request::serve((&share, &server), &active.mem, chain, &metrics);
                 if let Err(source) = active.complete(index, head, len) {
                     *lock(&active.broken) = Some(DeviceError::Ring { queue: index, source });
                     // A counter that is full wakes the loop as well.

@@ -1,13 +1,16 @@
 //! What a descriptor chain asks for: one FUSE message (VIRTIO 1.3, section 5.11.6; fuse(4)).
 
-use std::sync::Arc;
+mod extensions;
+
+use std::{io, sync::Arc};
 
 use fuse_backend_rs::{
-    abi::fuse_abi::Opcode,
+    abi::fuse_abi::{InHeader, Opcode, OutHeader},
     api::server::Server,
     transport::{Reader, VirtioFsWriter, Writer},
 };
 use virtio_queue::DescriptorChain;
+use vm_memory::ByteValued;
 
 use super::{metrics::FsMetrics, passthrough::Passthrough};
 use crate::{memory::GuestMem, virtio::buffers::GuestBuffers};
@@ -19,8 +22,8 @@ const OUT_HEADER: usize = 16;
 /// The longest request and the longest reply: 1 MiB of data, and headers.
 const MAX_BYTES: usize = (1 << 20) + (64 << 10);
 
-/// What is served. All else does not exist: reading and setting locks among it, as then the guest's kernel keeps
-/// locks itself, with all their waiting, and no worker ever waits for one.
+/// What is served, beside the [`extensions`]. All else does not exist: reading and setting locks among it, as
+/// then the guest's kernel keeps locks itself, with all their waiting, and no worker ever waits for one.
 const SERVED: &[Opcode] = &[
     Opcode::Lookup,
     Opcode::Forget,
@@ -64,17 +67,19 @@ const SERVED: &[Opcode] = &[
 struct Header {
     opcode: u32,
     unique: u64,
+    node: u64,
+    uid: u32,
+    gid: u32,
 }
 
 impl Header {
     fn read(message: &GuestBuffers) -> Option<Self> {
-        let mut bytes = [0; IN_HEADER];
-        if message.copy_to(0, &mut bytes) != IN_HEADER {
+        let mut header = InHeader::default();
+        if message.copy_to(0, header.as_mut_slice()) != IN_HEADER {
             return None;
         }
-        let [_, _, _, _, o0, o1, o2, o3, u0, u1, u2, u3, u4, u5, u6, u7, ..] = bytes;
-        let unique = u64::from_le_bytes([u0, u1, u2, u3, u4, u5, u6, u7]);
-        Some(Self { opcode: u32::from_le_bytes([o0, o1, o2, o3]), unique })
+        let InHeader { opcode, unique, nodeid: node, uid, gid, .. } = header;
+        Some(Self { opcode, unique, node, uid, gid })
     }
 
     fn is(&self, opcode: Opcode) -> bool {
@@ -86,10 +91,10 @@ impl Header {
     }
 }
 
-/// Serves one message; how many bytes of reply there are in the chain. Whatever the message says, the worst that
-/// comes of it is an error for the guest.
+/// Serves one message; how many bytes of reply there are in the chain. Whatever the message says, the worst
+/// that comes of it is an error for the guest.
 pub(super) fn serve(
-    server: &Server<Arc<Passthrough>>,
+    (share, server): (&Passthrough, &Server<Arc<Passthrough>>),
     mem: &GuestMem,
     chain: DescriptorChain<GuestMem>,
     metrics: &FsMetrics,
@@ -107,6 +112,8 @@ pub(super) fn serve(
     metrics.request_bytes.add(message.len() as u64);
     let len = if message.len() > MAX_BYTES || reply.len() > MAX_BYTES {
         refuse(&header, &reply, libc::EINVAL, metrics)
+    } else if let Some(result) = extensions::serve(share, &header, &message) {
+        put(&header, &reply, &result)
     } else if SERVED.iter().any(|opcode| header.is(*opcode)) {
         answer(server, mem, chain, &header, &reply)
             .unwrap_or_else(|| refuse(&header, &reply, libc::EINVAL, metrics))
@@ -129,23 +136,31 @@ fn answer(
     let len = server.handle_message(reader, writer, None, None).ok()?;
     if header.is(Opcode::Destroy) {
         // The server says nothing, but the driver waits.
-        return Some(put_header(header, reply, 0));
+        return Some(put(header, reply, &Ok(Vec::new())));
     }
     u32::try_from(len).ok().filter(|_| len <= reply.len())
 }
 
 fn refuse(header: &Header, reply: &GuestBuffers, errno: i32, metrics: &FsMetrics) -> u32 {
     metrics.refused.inc();
-    put_header(header, reply, errno)
+    put(header, reply, &Err(io::Error::from_raw_os_error(errno)))
 }
 
-fn put_header(header: &Header, reply: &GuestBuffers, errno: i32) -> u32 {
-    if !header.has_reply() || reply.len() < OUT_HEADER {
+/// Writes a reply, if there is to be one and it fits; how long it is.
+fn put(header: &Header, reply: &GuestBuffers, result: &io::Result<Vec<u8>>) -> u32 {
+    if !header.has_reply() {
         return 0;
     }
-    let mut bytes = Vec::with_capacity(OUT_HEADER);
-    bytes.extend(16u32.to_le_bytes());
-    bytes.extend((-errno).to_le_bytes());
-    bytes.extend(header.unique.to_le_bytes());
-    u32::try_from(reply.copy_from(0, &bytes)).unwrap_or(0)
+    let fits = |body: &&[u8]| OUT_HEADER.saturating_add(body.len()) <= reply.len();
+    let (error, body) = match result.as_deref() {
+        Ok(body) if fits(&body) => (0, body),
+        Ok(_) => (libc::EINVAL, &[][..]),
+        Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), &[][..]),
+    };
+    if !fits(&body) {
+        return 0;
+    }
+    let len = u32::try_from(OUT_HEADER + body.len()).unwrap_or(0);
+    let out = OutHeader { len, error: -error, unique: header.unique };
+    u32::try_from(reply.copy_from(0, &[out.as_slice(), body].concat())).unwrap_or(0)
 }

@@ -1,3 +1,4 @@
 mod bench;
+mod contents;
 mod hostile;
 mod operations;

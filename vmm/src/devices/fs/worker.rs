@@ -8,7 +8,10 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::{
+    resource::{Resource, getrlimit},
+    signal::{SigSet, Signal},
+};
 
 use super::{config::RESERVED_DESCRIPTORS, passthrough::sys};
 use crate::{jail, seccomp};
@@ -40,9 +43,10 @@ impl Shared {
 
 /// Threads that serve the requests of any number of shared directories.
 ///
-/// They are apart from the devices because a jailed main thread can make no thread that may do more than itself:
-/// start them inside the jail's namespaces and ids, before the main thread installs its own filter and drops the
-/// capabilities that only these keep. Each has a working directory and a file mode creation mask of its own.
+/// They are apart from the devices because a jailed main thread can make no thread that may do more than
+/// itself: start them inside the jail's namespaces and ids, before the main thread installs its own filter
+/// and drops the capabilities that only these keep. Each has a working directory and a file mode creation
+/// mask of its own.
 pub struct Workers {
     shared: Arc<Shared>,
     spare: usize,
@@ -56,8 +60,9 @@ impl fmt::Debug for Workers {
 }
 
 impl Workers {
-    /// Starts `count` threads. `descriptors` is `/proc/self/fd` of this very process (not of a parent), opened with
-    /// `O_PATH | O_DIRECTORY`: the way from a descriptor that only names a file to one that reads it.
+    /// Starts `count` threads. `descriptors` is `/proc/self/fd` of this very process (not of a parent),
+    /// opened with `O_PATH | O_DIRECTORY`: the way from a descriptor that only names a file to one that reads
+    /// it.
     ///
     /// # Errors
     /// When a thread cannot be started, or not be set up.
@@ -71,7 +76,8 @@ impl Workers {
             let shared = shared.clone();
             let (ready, result) = mpsc::sync_channel(1);
             let start = move || {
-                let set_up = sys::private_directory(shared.descriptors.as_fd());
+                let set_up = ignore_file_size_limit()
+                    .and_then(|()| sys::private_directory(shared.descriptors.as_fd()));
                 let failed = set_up.is_err();
                 // Whoever started this thread waits for it.
                 let _ = ready.send(set_up);
@@ -114,6 +120,13 @@ impl Drop for Workers {
             }
         }
     }
+}
+
+/// A guest that writes past RLIMIT_FSIZE is to get EFBIG, and this process no signal that ends it.
+fn ignore_file_size_limit() -> io::Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGXFSZ);
+    Ok(signals.thread_block()?)
 }
 
 fn work(shared: &Shared) {

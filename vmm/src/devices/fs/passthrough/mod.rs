@@ -5,18 +5,38 @@
 //! | `table` | what the guest holds, counted and limited |
 //! | `directory`, `attributes` | reading directories; changing attributes |
 //! | `credentials` | whose files are made, and with which privileges |
+//! | `version` | whether what the guest has cached of a file is still so |
+//! | `copies` | what the FUSE library does not know: copying, files without a name, whole file systems |
 //! | `sys` | the system calls |
 //!
-//! A file is a descriptor opened with `O_PATH` from the moment that the guest looks it up until it forgets it, so
-//! no path is ever resolved: a request names a file that is held, or one name in a directory that is. Names are
-//! checked before anything else sees them. Only regular files and directories are ever opened for more than that;
-//! FIFOs, sockets and devices are the guest's kernel's own business. Locks are too: the guest's kernel keeps them.
+//! A file is a descriptor opened with `O_PATH` from the moment that the guest looks it up until it forgets
+//! it, so no path is ever resolved: a request names a file that is held, or one name in a directory that is.
+//! Names are checked before anything else sees them. Only regular files and directories are ever opened for
+//! more than that; FIFOs, sockets and devices are the guest's kernel's own business. Locks are too: the
+//! guest's kernel keeps them.
+//!
+//! # What keeps a guest in the share
+//! The share is not the root directory of the process that serves it, and need not be:
+//! - Each step is one checked name below a directory that is held, by openat2(2) with `RESOLVE_BENEATH`,
+//!   `RESOLVE_NO_SYMLINKS` and `RESOLVE_NO_MAGICLINKS`. So `..`, links of any kind, and directories that are
+//!   moved while somebody goes through them lead nowhere. (A directory that the host moves out of the share
+//!   after the guest has looked it up stays within reach, as for every process that has it open.)
+//! - In a [jail](crate::jail) there is nothing to get out to. Its root is an empty directory that cannot be
+//!   written to, with the share and the directory of sockets in it; Landlock lets files of the share alone be
+//!   opened.
+//! - The one directory besides is `/proc/self/fd`, in a procfs that shows the jail's own process only and is
+//!   mounted nowhere, so that not even its `..` leads to the host's. All that is ever looked up in it are the
+//!   numbers of descriptors that are held for the guest.
+//! - The capabilities that the workers have are those over the ids of the VM's own user namespace: files of
+//!   others that happen to be in the share are theirs as little as any other user's.
 
 mod attributes;
+mod copies;
 mod credentials;
 mod directory;
 pub(super) mod sys;
 mod table;
+mod version;
 
 use std::{
     ffi::CStr,
@@ -39,6 +59,7 @@ use fuse_backend_rs::{
 };
 use libc::{stat64, statvfs64};
 
+pub(super) use self::copies::RangeCopy;
 use self::{
     attributes::{MAX_XATTR, visible, visible_names},
     credentials::{AsCaller, Unprivileged},
@@ -52,8 +73,8 @@ use super::{
 
 /// The longest name in a directory (NAME_MAX).
 const MAX_NAME: usize = 255;
-/// What of the guest's flags for open(2) reaches the host's. `O_DIRECT` does not: it goes around the guest's cache,
-/// and the host's has no part in its promises.
+/// What of the guest's flags for open(2) reaches the host's. `O_DIRECT` does not: it goes around the guest's
+/// cache, and the host's has no part in its promises.
 const OPEN_FLAGS: i32 = libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC;
 
 /// One shared directory.
@@ -74,6 +95,11 @@ fn check_name(name: &CStr) -> io::Result<()> {
         name if name.len() > MAX_NAME => Err(errno(libc::ENAMETOOLONG)),
         _ => Ok(()),
     }
+}
+
+/// Whether a file that is opened with these flags is written at its end.
+fn appends(flags: i32) -> bool {
+    flags & libc::O_APPEND != 0
 }
 
 fn key(stat: &stat64, mount: u64) -> Key {
@@ -136,6 +162,7 @@ impl Passthrough {
     fn entry(&self, parent: &Inode, fd: OwnedFd) -> io::Result<Entry> {
         let (attr, mount) = sys::stat(fd.as_fd())?;
         let inode = self.table.look_up(fd, key(&attr, mount), attr.st_mode & libc::S_IFMT)?;
+        inode.version.tell(&attr);
         let submount = self.submounts.load(Ordering::Relaxed) && inode.is_dir() && mount != parent.key.mount;
         Ok(Entry {
             inode: inode.id,
@@ -161,11 +188,22 @@ impl Passthrough {
         }
     }
 
-    fn open_options(&self) -> OpenOptions {
+    /// How the guest is to cache a file that it opens.
+    fn open_options(&self, inode: &Inode) -> OpenOptions {
+        let unchanged = || sys::stat(inode.fd()).is_ok_and(|(stat, _)| inode.version.holds(&stat));
         match self.cache {
             CachePolicy::Never => OpenOptions::DIRECT_IO,
+            CachePolicy::Auto if unchanged() => OpenOptions::KEEP_CACHE,
             CachePolicy::Auto => OpenOptions::empty(),
+            CachePolicy::Always => OpenOptions::KEEP_CACHE,
+        }
+    }
+
+    /// The same for a directory, which has no pages that could go around a cache.
+    fn directory_options(&self) -> OpenOptions {
+        match self.cache {
             CachePolicy::Always => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
+            CachePolicy::Never | CachePolicy::Auto => OpenOptions::empty(),
         }
     }
 
@@ -196,7 +234,9 @@ impl Passthrough {
     }
 
     fn attributes(&self, inode: &Inode) -> io::Result<(stat64, Duration)> {
-        Ok((sys::stat(inode.fd())?.0, self.cache.timeout()))
+        let (stat, _) = sys::stat(inode.fd())?;
+        inode.version.tell(&stat);
+        Ok((stat, self.cache.timeout()))
     }
 
     fn sync(&self, inode: u64, handle: u64, data_only: bool) -> io::Result<()> {
@@ -348,7 +388,8 @@ impl FileSystem for Passthrough {
         self.table.check_room()?;
         let _unprivileged = Unprivileged::new(fuse_flags & FOPEN_IN_KILL_SUIDGID != 0);
         let file = self.open_file(&inode, flags)?.into();
-        Ok((Some(self.table.open(&inode, file)?), self.open_options(), None))
+        let handle = self.table.open(&inode, file, appends(flags))?;
+        Ok((Some(handle), self.open_options(&inode), None))
     }
 
     fn create(
@@ -379,9 +420,9 @@ impl FileSystem for Passthrough {
             }
             Err(error) => return Err(error),
         };
-        let handle = file.and_then(|file| self.table.open(&*self.table.inode(entry.inode)?, file.into()));
-        match handle {
-            Ok(handle) => Ok((entry, Some(handle), self.open_options(), None)),
+        let inode = self.table.inode(entry.inode)?;
+        match file.and_then(|file| self.table.open(&inode, file.into(), appends(flags))) {
+            Ok(handle) => Ok((entry, Some(handle), self.open_options(&inode), None)),
             Err(error) => {
                 self.table.forget(entry.inode, 1);
                 Err(error)
@@ -414,12 +455,17 @@ impl FileSystem for Passthrough {
         size: u32,
         offset: u64,
         _: Option<u64>,
-        _: bool,
+        from_cache: bool,
         _: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
         let handle = self.table.handle(handle, inode)?;
-        let mut file = sys::alias(&handle.file);
+        // Pages that were changed through a mapping are written by any handle of the file, and to their own
+        // place.
+        let placed = (from_cache && handle.appends)
+            .then(|| self.open_file(&*self.table.inode(inode)?, libc::O_WRONLY).map(File::from))
+            .transpose()?;
+        let mut file = sys::alias(placed.as_ref().unwrap_or(&handle.file));
         let _unprivileged = Unprivileged::new(fuse_flags & WRITE_KILL_PRIV != 0);
         from.read_to(&mut *file, usize::try_from(size).unwrap_or(usize::MAX), offset)
     }
@@ -527,9 +573,7 @@ impl FileSystem for Passthrough {
         self.table.check_room()?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let file = File::from(sys::reopen(self.descriptors(), inode.fd(), flags)?);
-        // Directories have no pages that could go around a cache.
-        let options = self.open_options() - OpenOptions::DIRECT_IO;
-        Ok((Some(self.table.open(&inode, file)?), options))
+        Ok((Some(self.table.open(&inode, file, false)?), self.directory_options()))
     }
 
     fn readdir(

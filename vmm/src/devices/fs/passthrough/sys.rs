@@ -1,4 +1,5 @@
-//! The system calls: each on a descriptor, or on one name in a directory that is one. The only unsafe code here.
+//! The system calls: each on a descriptor, or on one name in a directory that is one. The only unsafe code
+//! here.
 
 use std::{
     ffi::{CStr, CString},
@@ -30,8 +31,9 @@ pub(super) fn errno(number: c_int) -> io::Error {
     io::Error::from_raw_os_error(number)
 }
 
-/// Gives the calling thread a working directory (`descriptors`, so that extended attributes, whose calls know no
-/// directory but that, are found by a descriptor's number) and a file mode creation mask (none) of its own.
+/// Gives the calling thread a working directory (`descriptors`, so that extended attributes, whose calls know
+/// no directory but that, are found by a descriptor's number) and a file mode creation mask (none) of its
+/// own.
 pub(in super::super) fn private_directory(descriptors: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: no pointers. The standard library shares neither between threads by contract.
     check(unsafe { libc::unshare(libc::CLONE_FS) })?;
@@ -47,8 +49,8 @@ pub(super) fn umask(mask: u32) {
     unsafe { libc::umask(mask & 0o777) };
 }
 
-/// The calling thread's ids for file systems, after an attempt to set them. Raw calls, as those of the C library
-/// may speak for all threads.
+/// The calling thread's ids for file systems, after an attempt to set them. Raw calls, as those of the C
+/// library may speak for all threads.
 pub(super) fn set_fs_ids(uid: u32, gid: u32) -> (i64, i64) {
     // SAFETY: no pointers. An id that is not valid changes nothing and returns the current one.
     unsafe {
@@ -64,7 +66,8 @@ pub(super) fn own_ids() -> (u32, u32) {
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-/// Opens `name` in `dir`, and nothing else: no link is followed, neither symbolic nor magic, and no way leads out.
+/// Opens `name` in `dir`, and nothing else: no link is followed, neither symbolic nor magic, and no way leads
+/// out.
 pub(super) fn open_beneath(dir: BorrowedFd<'_>, name: &CStr, flags: c_int, mode: u32) -> io::Result<OwnedFd> {
     // SAFETY: all zeros is a valid value of this plain structure.
     let mut how: libc::open_how = unsafe { mem::zeroed() };
@@ -191,6 +194,35 @@ pub(super) fn utimens(
     let name = number(fd)?;
     // SAFETY: the name is a C string, and there are two times.
     check(unsafe { libc::utimensat(descriptors.as_raw_fd(), name.as_ptr(), times.as_ptr(), 0) }).map(drop)
+}
+
+/// Opens a new file in `dir` that has no name.
+pub(super) fn open_unnamed(dir: BorrowedFd<'_>, flags: c_int, mode: u32) -> io::Result<OwnedFd> {
+    open_beneath(dir, c".", flags | libc::O_TMPFILE, mode)
+}
+
+/// All that is known of a file.
+pub(super) fn statx(fd: BorrowedFd<'_>, flags: c_int, mask: u32) -> io::Result<libc::statx> {
+    let mut stat = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | (flags & libc::AT_STATX_SYNC_TYPE);
+    // SAFETY: the name is a C string, the structure is writable.
+    check(unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), flags, mask, stat.as_mut_ptr()) })?;
+    // SAFETY: a plain structure that was zeroed, and is now filled in.
+    Ok(unsafe { stat.assume_init() })
+}
+
+/// Brings everything of the file system that a file is on to its disk.
+pub(super) fn sync_file_system(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::syncfs(fd.as_raw_fd()) }).map(drop)
+}
+
+/// Copies at most `len` bytes between two positions; how many it were.
+pub(super) fn copy_range(from: (&File, u64), to: (&File, u64), len: usize) -> io::Result<usize> {
+    let (mut start, mut target) = (offset(from.1)?, offset(to.1)?);
+    let (from, to) = (from.0.as_raw_fd(), to.0.as_raw_fd());
+    // SAFETY: both positions are writable.
+    length(unsafe { libc::copy_file_range(from, &raw mut start, to, &raw mut target, len, 0) })
 }
 
 /// A length or position, as the kernel takes it.

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::sys;
+use super::{sys, version::LastTold};
 
 /// The node id of the root (fuse(4)).
 pub(super) const ROOT: u64 = 1;
@@ -28,6 +28,8 @@ pub(super) struct Inode {
     pub(super) key: Key,
     /// `S_IFMT` of its mode; a file's type never changes.
     pub(super) kind: u32,
+    /// Of a regular file, as the guest was told last.
+    pub(super) version: LastTold,
     fd: OwnedFd,
 }
 
@@ -46,6 +48,8 @@ impl Inode {
 pub(super) struct Handle {
     inode: u64,
     pub(super) file: File,
+    /// Writes go to the file's end, wherever they say.
+    pub(super) appends: bool,
     /// Held while a directory is read: its position is a part of the descriptor.
     pub(super) position: Mutex<()>,
 }
@@ -74,7 +78,8 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(root: OwnedFd, key: Key, limit: usize) -> Self {
-        let root = Arc::new(Inode { id: ROOT, key, kind: libc::S_IFDIR, fd: root });
+        let root =
+            Arc::new(Inode { id: ROOT, key, kind: libc::S_IFDIR, version: LastTold::default(), fd: root });
         let maps = Maps { last_inode: ROOT, ..Maps::default() };
         Self { root, limit, maps: Mutex::new(maps) }
     }
@@ -121,13 +126,14 @@ impl Table {
         self.room(&maps)?;
         let id = maps.last_inode.checked_add(1).ok_or_else(|| sys::errno(libc::ENFILE))?;
         maps.last_inode = id;
-        let inode = Arc::new(Inode { id, key, kind, fd });
+        let inode = Arc::new(Inode { id, key, kind, version: LastTold::default(), fd });
         maps.keys.insert(key, id);
         maps.inodes.insert(id, Held { inode: inode.clone(), lookups: 1 });
         Ok(inode)
     }
 
-    /// The guest forgets `count` of the times that it was told of an inode. More than there were are all of them.
+    /// The guest forgets `count` of the times that it was told of an inode. More than there were are all of
+    /// them.
     pub(super) fn forget(&self, id: u64, count: u64) {
         let mut maps = self.lock();
         let Some(held) = maps.inodes.get_mut(&id) else { return };
@@ -140,12 +146,12 @@ impl Table {
     }
 
     /// Remembers an open file.
-    pub(super) fn open(&self, inode: &Inode, file: File) -> io::Result<u64> {
+    pub(super) fn open(&self, inode: &Inode, file: File, appends: bool) -> io::Result<u64> {
         let mut maps = self.lock();
         self.room(&maps)?;
         let id = maps.last_handle.checked_add(1).ok_or_else(|| sys::errno(libc::ENFILE))?;
         maps.last_handle = id;
-        let handle = Handle { inode: inode.id, file, position: Mutex::default() };
+        let handle = Handle { inode: inode.id, file, appends, position: Mutex::default() };
         maps.handles.insert(id, Arc::new(handle));
         Ok(id)
     }

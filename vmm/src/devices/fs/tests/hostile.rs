@@ -1,6 +1,7 @@
 //! Guests that mean harm.
 
 use proptest::prelude::*;
+use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{super::*, bench::*};
@@ -37,6 +38,123 @@ fn names_that_are_more_than_a_name_are_refused() {
 }
 
 #[test]
+fn a_name_ends_at_its_first_zero_byte() {
+    let mut bench = Bench::new();
+    std::fs::write(bench.path("a"), "").unwrap();
+    let node = bench.lookup(ROOT, "a").unwrap();
+    for name in [&b"a\0/etc/passwd\0"[..], b"a\0..\0", b"a\0\0"] {
+        let found = bench.call(1, ROOT, name).map(|reply| long(&reply, 0));
+        assert!(matches!(found, Err(libc::EINVAL)) || found == Ok(node), "{name:?}: {found:?}");
+    }
+    for name in [&b""[..], b"a", b"\0", b"\0a\0"] {
+        assert_eq!(bench.call(1, ROOT, name), Err(libc::EINVAL), "{name:?}");
+    }
+    // Two names, of which the second is not ended, or is missing.
+    for names in [&b"a\0b"[..], b"a\0", b"a"] {
+        let body = [&ROOT.to_le_bytes()[..], names].concat();
+        assert_eq!(bench.call(12, ROOT, &body), Err(libc::EINVAL), "{names:?}");
+    }
+    assert!(bench.path("a").exists() && !bench.path("b").exists());
+}
+
+/// Magic links lead a process of the host out of any directory. A guest is shown where they point, and no
+/// more.
+#[test]
+fn magic_links_lead_nowhere() {
+    let mut bench = Bench::new();
+    let own = format!("/proc/{}", std::process::id());
+    bench.fs.reset();
+    bench.fs = Fs::new(config(), directory(own), workers(1)).unwrap();
+    bench.queues = [MockQueue::new(&bench.mem, 0, QUEUE), MockQueue::new(&bench.mem, 0x4000, QUEUE)];
+    bench.activate().unwrap();
+    bench.init().unwrap();
+    for name in ["root", "cwd", "exe"] {
+        let link = bench.lookup(ROOT, name).unwrap();
+        assert_eq!(bench.attributes(link).0 & libc::S_IFMT, libc::S_IFLNK, "{name}");
+        assert_eq!(bench.lookup(link, "etc"), Err(libc::ENOTDIR));
+        assert_eq!(bench.call(27, link, &[0; 8]), Err(libc::ENOTDIR));
+        assert_eq!(bench.open(link, libc::O_RDONLY), Err(libc::ENXIO));
+    }
+}
+
+#[test]
+fn a_tree_may_be_as_deep_as_there_are_descriptors() {
+    let mut bench = Bench::with(FsConfig { max_descriptors: 200, ..config() });
+    let body = [words(&[0o700, 0]), text("d")].concat();
+    let mut at = ROOT;
+    for _ in 0..200 {
+        at = bench.call(9, at, &body).map(|reply| long(&reply, 0)).unwrap();
+    }
+    assert_eq!(bench.call(9, at, &body), Err(libc::ENFILE));
+    // Those above may be forgotten, what is below is held all the same.
+    for node in 2..150 {
+        bench.forget(node, 1);
+    }
+    for _ in 0..100 {
+        at = bench.call(9, at, &body).map(|reply| long(&reply, 0)).unwrap();
+    }
+}
+
+#[test]
+fn a_directory_with_very_many_files_is_read_in_pieces() {
+    let mut bench = Bench::with(FsConfig { max_descriptors: 50, ..config() });
+    for i in 0..3_000 {
+        std::fs::write(bench.path(&format!("{i:0>200}")), "").unwrap();
+    }
+    let handle = long(&bench.call(27, ROOT, &words(&[0, 0])).unwrap(), 0);
+    for opcode in [28, 44] {
+        for (offset, size) in [(0, u32::MAX), (0, 1 << 20), (u64::MAX, 4096), (1 << 62, 0), (0, 1)] {
+            match bench.call(opcode, ROOT, &read_in(handle, offset, size)) {
+                // What one call reads of the host is bounded, whatever there is room for.
+                Ok(reply) => assert!(reply.len() <= 256 << 10, "{}", reply.len()),
+                Err(error) => assert!([libc::EINVAL, libc::ENOMEM].contains(&error), "{error}"),
+            }
+        }
+    }
+    let (inodes, handles) = bench.fs.share.held();
+    assert!(inodes + handles <= 50, "READDIRPLUS looks up no more than may be held");
+}
+
+/// While one goes down a tree, its directories go elsewhere: every step is from the directory that is held.
+#[test]
+fn directories_that_move_are_still_the_same_ones() {
+    let mut bench = Bench::new();
+    let (inside, outside) = (bench.path("a"), TempDir::new().unwrap());
+    std::fs::create_dir_all(inside.join("b/c")).unwrap();
+    std::fs::write(bench.path("a/b/c/file"), "right").unwrap();
+    std::fs::write(outside.path().join("file"), "wrong").unwrap();
+    let (from, elsewhere) = (bench.path("a/b"), bench.path("moved"));
+    let stop = Arc::new(AtomicBool::new(false));
+    let mover = std::thread::spawn({
+        let stop = stop.clone();
+        let outside = outside.path().to_owned();
+        move || {
+            while !stop.load(Ordering::Relaxed) {
+                std::fs::rename(&from, &elsewhere).unwrap();
+                std::os::unix::fs::symlink(&outside, &from).unwrap();
+                std::fs::remove_file(&from).unwrap();
+                std::fs::rename(&elsewhere, &from).unwrap();
+            }
+        }
+    });
+    let a = bench.lookup(ROOT, "a").unwrap();
+    for _ in 0..300 {
+        let Ok(b) = bench.lookup(a, "b") else { continue };
+        match bench.lookup(b, "c").and_then(|c| bench.lookup(c, "file")) {
+            Ok(file) => {
+                let handle = bench.open(file, libc::O_RDONLY).unwrap();
+                assert_eq!(bench.read((file, handle), 0, 9).unwrap(), b"right");
+                bench.release((file, handle)).unwrap();
+            }
+            // Just then it was the link.
+            Err(error) => assert_eq!(error, libc::ENOTDIR),
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    mover.join().unwrap();
+}
+
+#[test]
 fn a_guest_holds_no_more_than_its_share_of_descriptors() {
     let mut bench = Bench::with(FsConfig { max_descriptors: 4, ..config() });
     for i in 0..5 {
@@ -67,11 +185,11 @@ fn no_configuration_gives_a_guest_all_descriptors() {
 #[test]
 fn what_is_not_served_does_not_exist() {
     let mut bench = Bench::new();
-    for opcode in [0, 7, 31, 32, 33, 37, 39, 40, 41, 47, 48, 49, 50, 4096, u32::MAX] {
+    for opcode in [0, 7, 31, 32, 33, 37, 39, 40, 41, 48, 49, 53, 4096, u32::MAX] {
         assert_eq!(bench.call(opcode, ROOT, &[0; 64]), Err(libc::ENOSYS), "{opcode}");
     }
     assert_eq!(bench.call(1, 77, &text("name")), Err(libc::ESTALE));
-    assert_eq!(bench.fs.metrics.refused.get(), 15);
+    assert_eq!(bench.fs.metrics.refused.get(), 14);
 }
 
 #[test]
@@ -144,7 +262,7 @@ proptest! {
     #[test]
     fn no_message_does_harm(
         messages in prop::collection::vec(
-            (1u32..52, 0u64..4, prop::collection::vec(any::<u8>(), 0..200), 0u32..300, any::<bool>()),
+            (1u32..54, 0u64..4, prop::collection::vec(any::<u8>(), 0..200), 0u32..300, any::<bool>()),
             1..40,
         ),
     ) {
