@@ -10,6 +10,7 @@
 //! | [`agent`] | the agent as a plain process, and a client of it |
 //! | [`containers`] | containers of busybox through an agent, and what must hold of them |
 //! | [`guest`] | Linux guests booted by something other than containerd |
+//! | [`guest_share`] | a script that runs here, and in a jailed guest on a directory that it shares |
 //! | [`net`] | network interfaces of this machine that guests are tied to |
 //! | [`vmm`] | Linux guests in our own VMM |
 //! | [`pod_vm`] | the agent as PID 1 of a guest in our own VMM |
@@ -26,6 +27,7 @@ pub mod cost;
 pub mod cri;
 pub mod ctr;
 pub mod guest;
+pub mod guest_share;
 pub mod leaks;
 pub mod net;
 pub mod node;

@@ -71,6 +71,8 @@ pub enum Product {
     Agent,
     /// The shim's binary.
     Shim,
+    /// A test suite for file systems that others keep, by its name.
+    Suite(&'static str),
     /// The guest's uncompressed kernel.
     Kernel,
     /// The guest's initramfs, which holds the agent.
@@ -89,6 +91,7 @@ impl Product {
             Self::Vmm => path_from_env("CAISSON_BIN")?.join("caisson-vmm"),
             Self::Agent => path_from_env("CAISSON_BIN")?.join("caisson-agent"),
             Self::Shim => path_from_env("CAISSON_BIN")?.join("containerd-shim-caisson-v2"),
+            Self::Suite(name) => path_from_env("CAISSON_BIN")?.join(name),
             Self::Kernel => path_from_env("CAISSON_KERNEL")?,
             Self::Initramfs => path_from_env("CAISSON_INITRAMFS")?,
             Self::Images => path_from_env("CAISSON_IMAGES")?,

@@ -255,7 +255,15 @@ impl Vmm {
     /// # Errors
     /// When it does not come in time; the error has the console's last lines.
     pub fn expect(&mut self, text: &str) -> Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        self.expect_within(text, PATIENCE)
+    }
+
+    /// As [`expect`](Self::expect), with patience of the caller's choice.
+    ///
+    /// # Errors
+    /// When it does not come in time; the error has the console's last lines.
+    pub fn expect_within(&mut self, text: &str, patience: Duration) -> Result<String> {
+        let deadline = Instant::now() + patience;
         // What the process wrote before it ended may still be on its way when its end is seen.
         let mut ended: Option<ExitStatus> = None;
         loop {

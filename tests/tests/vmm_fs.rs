@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     ctr,
+    guest_share::Script,
     vmm::{Vmm, Workshop},
 };
 use caisson_vmm::{
@@ -50,7 +51,7 @@ fn share(directory: Option<FileSource>) -> DeviceConfig {
     DeviceConfig::Fs(FsDevice { directory, options })
 }
 
-/// A directory to share: a greeting, a link to what only the host has, and 100 MiB that are not all the same.
+/// A directory to share: a greeting, a link to what only the host has, and 24 MiB that are not all the same.
 fn directory(workshop: &Workshop) -> Result<(std::path::PathBuf, String)> {
     let path = workshop.path("shared");
     fs::create_dir(&path)?;
@@ -59,7 +60,7 @@ fn directory(workshop: &Workshop) -> Result<(std::path::PathBuf, String)> {
     symlink("/etc/debian_version", path.join("outside"))?;
     let mut big = File::create(path.join("big"))?;
     let block = caisson_e2e::vsock::pattern(1 << 20);
-    for _ in 0..100 {
+    for _ in 0..24 {
         big.write_all(&block)?;
     }
     let sum = ctr::run(std::process::Command::new("md5sum").arg(path.join("big")))?.stdout;
@@ -96,12 +97,42 @@ fn a_shared_directory_is_a_file_system() -> Result<()> {
     Ok(())
 }
 
+/// What a guest does once something is mounted at `later` on the host, and when it is gone again.
+const LATER: &str = "
+while [ ! -e later/inside ]; do usleep 10000; done; echo mounted: $(cat later/inside)
+[ $(stat -c %d later) != $(stat -c %d .) ] || echo failed: the same device
+[ $(stat -c %d later) = $(stat -c %d later/inside) ] || echo failed: another device
+grep -q ' /mnt/later ' /proc/mounts || echo failed: no mount of its own
+[ $(stat -f -c %b later) = 256 ] || echo failed: it is as large as the share
+refuse rmdir later; refuse ln greeting later/hard
+echo mine > later/mine; exec 3< later/mine
+echo looked around
+while [ -e later ]; do usleep 100000; done
+[ \"$(cat <&3)\" = mine ] || echo failed: what was open is closed
+exec 3<&-
+usleep 200000
+echo let go
+sleep 1000";
+
+/// Descriptors that the process in a jail has for files of this name.
+fn held(vmm: &Vmm, name: &str) -> Result<usize> {
+    let supervisor = vmm.pid();
+    let inside = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))?;
+    let names = fs::read_dir(format!("/proc/{}/fd", inside.trim()))?
+        .map_while(Result::ok)
+        .filter_map(|entry| fs::read_link(entry.path()).ok());
+    Ok(names.filter(|path| path.ends_with(name)).count())
+}
+
+fn run(command: &str, arguments: &[&str], path: &Path) -> Result<()> {
+    let status = std::process::Command::new(command).args(arguments).arg(path).status()?;
+    ensure!(status.success(), "{command}: {status}");
+    Ok(())
+}
+
 #[test]
 fn a_jail_serves_its_share_and_what_is_mounted_there_later() -> Result<()> {
-    let workshop = Workshop::new(&GUEST.replace(
-        "sleep 1000",
-        "while [ ! -e later/inside ]; do usleep 10000; done; echo mounted: $(cat later/inside)\nsleep 1000",
-    ))?;
+    let workshop = Workshop::new(&GUEST.replace("sleep 1000", LATER))?;
     let (directory, sum) = directory(&workshop)?;
     fs::create_dir(directory.join("later"))?;
     let mut vmm = Vmm::start_jailed_with(&format!("share = {directory:?}\nid_count = 65536\n"), &workshop)?;
@@ -114,15 +145,64 @@ fn a_jail_serves_its_share_and_what_is_mounted_there_later() -> Result<()> {
     ensure!(owner.uid() > 0x7000_0000, "{owner:?}");
 
     let later = directory.join("later");
-    let mount = ["mount", "-t", "tmpfs", "later"];
-    let status = std::process::Command::new(mount[0]).args(&mount[1..]).arg(&later).status()?;
-    ensure!(status.success(), "mounting: {status}");
+    run("mount", &["-t", "tmpfs", "-o", "size=1m,mode=777", "later"], &later)?;
     let written = fs::write(later.join("inside"), "later\n").context("writing");
-    let seen = written.and_then(|()| vmm.expect("mounted: later"));
+    let seen = written.and_then(|()| vmm.expect("looked around"));
+    let held_before = held(&vmm, "inside")?;
     // First the mount has to go, whatever came of it.
-    let status = std::process::Command::new("umount").arg("--lazy").arg(&later).status()?;
-    ensure!(status.success(), "unmounting: {status}");
-    seen.map(drop)
+    run("umount", &["--lazy"], &later)?;
+    seen?;
+    ensure!(vmm.transcript.iter().any(|line| line == "mounted: later"), "{}", vmm.tail());
+    fs::remove_dir(&later)?;
+    vmm.expect("let go")?;
+    let trouble: Vec<_> = vmm.transcript.iter().filter(|line| line.contains("failed:")).collect();
+    ensure!(trouble.is_empty(), "{trouble:#?}");
+    // A guest that finds a directory gone forgets what was in it, and the mount with that.
+    ensure!(
+        held_before == 1 && held(&vmm, "inside")? == 0,
+        "{held_before} before, {} now",
+        held(&vmm, "inside")?
+    );
+    Ok(())
+}
+
+/// Reads the file `big` each time that the host says so.
+const READER: &str = "
+for round in 1 2 3; do
+  while [ ! -e $DIR/$round ]; do usleep 20000; done
+  echo round $round: $(md5sum < $DIR/big)
+done";
+
+/// What the share's device has answered so far, in bytes.
+fn answered(vmm: &mut Vmm) -> Result<u64> {
+    let metrics = vmm.client.metrics()?;
+    let slots = metrics.get("slots").and_then(|slots| slots.as_object()).context("no slots")?;
+    let bytes = slots.values().find_map(|slot| slot.get("fs")?.get("reply_bytes")?.as_u64());
+    bytes.context("no share's metrics")
+}
+
+#[test]
+fn what_nobody_has_changed_is_read_once() -> Result<()> {
+    const SIZE: usize = 8 << 20;
+    let mut guest = Script { text: READER, ..Script::default() }.boot()?;
+    let directory = guest.directory.clone();
+    let fill = |byte| fs::write(directory.join("big"), vec![byte; SIZE]);
+    let mut read = |round: &str| -> Result<(usize, String)> {
+        let before = answered(&mut guest.vmm)?;
+        fs::write(directory.join(round), "")?;
+        let line = guest.vmm.expect(&format!("round {round}"))?;
+        let bytes = usize::try_from(answered(&mut guest.vmm)? - before)?;
+        Ok((bytes, line.split(": ").nth(1).unwrap_or_default().to_owned()))
+    };
+    fill(1)?;
+    let (first, sum) = read("1")?;
+    ensure!(first >= SIZE, "{first} bytes of the file were enough");
+    let (second, same) = read("2")?;
+    ensure!(second < SIZE / 8 && same == sum, "{second} bytes were read once more");
+    fill(2)?;
+    let (third, other) = read("3")?;
+    ensure!(third >= SIZE && other != sum, "of what has changed {third} bytes were read, and are {other}");
+    Ok(())
 }
 
 #[test]

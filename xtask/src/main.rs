@@ -7,6 +7,7 @@
 //! | [`images`] | the tests' container images, as OCI archives |
 //! | [`testbed`] | an emulated machine with KVM and containerd: build, boot, run a command in it |
 //! | [`products`] | our own binaries, built for release |
+//! | [`suites`] | file system test suites that others keep |
 //! | [`test`](mod@test) | every check and test, in order, with a summary |
 //! | [`demo`] | what a newcomer runs first |
 //! | [`steps`] | a run of several steps, and where its time went |
@@ -29,6 +30,7 @@ mod kernel;
 mod proc;
 mod products;
 mod steps;
+mod suites;
 mod system;
 mod test;
 mod testbed;

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The target that makes a static binary possible beside build scripts that are not.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The agent is static, as the guest has no C library but the containers' own; and small, as every guest has it in
 /// memory: equal functions are kept once, and its relocations packed.

@@ -18,6 +18,7 @@ use crate::{
     kernel::{self, KernelArgs},
     proc, products,
     steps::Steps,
+    suites,
     system::{self, Place, System},
     testbed::{Variant, boot::Lost, exec},
 };
@@ -112,6 +113,7 @@ fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<(System, Pat
     let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
     let images = steps.run("images", || images(host, args))?;
     let products = steps.run("release builds", || products::build(host))?;
+    steps.run("file system suites", || suites::build(host, &products))?;
     let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
     let archive = steps.run("building the whole-system tests", || archive(host, &products))?;
     Some((System { products, kernel, initramfs, images }, archive))
