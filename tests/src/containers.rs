@@ -8,6 +8,7 @@ use caisson_protocol::{
     connect::UnixVsock,
     v1::{self, event::Kind},
 };
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 
@@ -19,7 +20,7 @@ const EVENT: Duration = Duration::from_secs(60);
 /// The process of a container: a script for busybox's shell, with or without a terminal.
 #[must_use]
 pub fn process(script: &str, terminal: bool) -> String {
-    serde_json::json!({
+    json!({
         "terminal": terminal, "user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/bin:/usr/bin:/sbin:/usr/sbin"],
         "args": ["/bin/sh", "-c", script],
     })
@@ -66,13 +67,23 @@ impl Pod {
     /// # Errors
     /// The agent's own.
     pub async fn run(&self, id: &str, process: &str, resources: &str) -> Result<v1::StreamIds> {
+        self.launch(id, &spec(process, resources)?).await
+    }
+
+    /// As [`run`](Self::run), from a whole specification but for the root's path.
+    ///
+    /// # Errors
+    /// The agent's own.
+    pub async fn launch(&self, id: &str, spec: &Value) -> Result<v1::StreamIds> {
         let (path, rootfs_storage, storages) = match &self.root {
             Root::Directory(path) => (path.as_str(), String::new(), Vec::new()),
             Root::Storage(image) => ("/", format!("root-{id}"), overlay(id, image)),
         };
+        let mut spec = spec.clone();
+        spec["root"]["path"] = path.into();
         let request = v1::CreateContainerRequest {
             id: id.into(),
-            spec: spec(path, process, resources),
+            spec: spec.to_string().into_bytes(),
             rootfs_storage,
             storages,
             streams: Some(v1::StreamSelection { stdin: true, stdout: true, stderr: true }),
@@ -118,10 +129,39 @@ impl Pod {
     /// # Errors
     /// Also when it exits with anything but 0.
     pub async fn output(&self, id: &str, script: &str) -> Result<String> {
-        let streams = self.run(id, &process(script, false), "{}").await?;
+        self.output_of(id, &spec(&process(script, false), "{}")?).await
+    }
+
+    /// As [`output`](Self::output), from a whole specification but for the root's path.
+    ///
+    /// # Errors
+    /// Also when it exits with anything but 0.
+    pub async fn output_of(&self, id: &str, spec: &Value) -> Result<String> {
+        let streams = self.launch(id, spec).await?;
         let (out, err) = tokio::try_join!(self.text(streams.stdout), self.text(streams.stderr))?;
         let code = self.wait(id, "").await?.code;
         self.remove(id).await?;
+        ensure!(code == 0, "{} exited with {code}: {out}{err}", spec["process"]["args"]);
+        Ok(out)
+    }
+
+    /// Runs a script in a running container to its end, and returns what it said.
+    ///
+    /// # Errors
+    /// Also when it exits with anything but 0.
+    pub async fn exec(&self, id: &str, script: &str) -> Result<String> {
+        let mut containers = self.client.containers();
+        let request = v1::ExecRequest {
+            container_id: id.into(),
+            exec_id: "exec".into(),
+            process: process(script, false).into_bytes(),
+            streams: Some(v1::StreamSelection { stdout: true, stderr: true, ..Default::default() }),
+        };
+        let streams = containers.exec(request).await?.into_inner().streams.context("streams")?;
+        let (out, err) = tokio::try_join!(self.text(streams.stdout), self.text(streams.stderr))?;
+        let code = self.wait(id, "exec").await?.code;
+        let delete = v1::DeleteExecRequest { container_id: id.into(), exec_id: "exec".into() };
+        containers.delete_exec(delete).await?;
         ensure!(code == 0, "{script:?} exited with {code}: {out}{err}");
         Ok(out)
     }
@@ -136,17 +176,54 @@ fn overlay(id: &str, image: &str) -> Vec<v1::Storage> {
     vec![storage(upper, tmpfs), storage(format!("root-{id}"), stack)]
 }
 
-fn spec(root: &str, process: &str, resources: &str) -> Vec<u8> {
-    format!(
-        r#"{{"ociVersion":"1.2.0","process":{process},"root":{{"path":"{root}"}},
-            "mounts":[{{"destination":"/proc","type":"proc","source":"proc"}},
-            {{"destination":"/dev","type":"tmpfs","source":"tmpfs","options":["nosuid","mode=755"]}},
-            {{"destination":"/dev/pts","type":"devpts","source":"devpts",
-              "options":["nosuid","noexec","newinstance","ptmxmode=0666","mode=0620"]}}],
-            "linux":{{"namespaces":[{{"type":"pid"}},{{"type":"mount"}},{{"type":"cgroup"}}],
-            "resources":{resources}}}}}"#,
-    )
-    .into_bytes()
+/// A container's specification, without a root: namespaces that separate it from the guest, and the usual mounts.
+///
+/// # Errors
+/// When an argument is not JSON.
+pub fn spec(process: &str, resources: &str) -> Result<Value> {
+    Ok(json!({
+        "ociVersion": "1.2.0",
+        "process": serde_json::from_str::<Value>(process)?,
+        "root": {},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
+        ],
+        "linux": {
+            "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}],
+            "resources": serde_json::from_str::<Value>(resources)?,
+        },
+    }))
+}
+
+/// A container's specification that shares the sandbox's namespaces, as a pod's containers do.
+///
+/// # Errors
+/// When `process` is not JSON.
+pub fn pod_spec(process: &str, sandbox: &v1::CreateSandboxResponse) -> Result<Value> {
+    let mut spec = spec(process, "{}")?;
+    let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
+    for (kind, path) in [
+        ("network", &sandbox.network_namespace),
+        ("ipc", &sandbox.ipc_namespace),
+        ("uts", &sandbox.uts_namespace),
+        ("pid", &sandbox.pid_namespace),
+    ] {
+        namespaces.push(match path.as_str() {
+            "" => json!({"type": kind}),
+            path => json!({"type": kind, "path": path}),
+        });
+    }
+    spec["linux"]["namespaces"] = namespaces.into();
+    if let (false, Some(mounts)) = (sandbox.resolv_conf.is_empty(), spec["mounts"].as_array_mut()) {
+        let options = ["bind", "ro"];
+        mounts.push(
+            json!({"destination": "/etc/resolv.conf", "source": sandbox.resolv_conf, "options": options}),
+        );
+    }
+    Ok(spec)
 }
 
 /// Both outputs, the exit code, and the refusal of a second start.

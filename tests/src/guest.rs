@@ -86,14 +86,7 @@ impl Initramfs {
     /// # Errors
     /// When a file is missing.
     pub fn program(&self, program: &Path, name: &str) -> Result<()> {
-        self.copy(program, name)?;
-        let libraries = Command::new("ldd").arg(program).output().context("starting ldd")?;
-        for word in String::from_utf8_lossy(&libraries.stdout).split_whitespace() {
-            if word.starts_with('/') {
-                self.copy(&Path::new(word).canonicalize()?, word)?;
-            }
-        }
-        Ok(())
+        copy_program(self.tree.path(), program, name)
     }
 
     /// Packs it, by the machine's own `cpio`.
@@ -113,11 +106,30 @@ impl Initramfs {
     }
 
     fn copy(&self, from: &Path, to: &str) -> Result<()> {
-        let to = self.tree.path().join(to.trim_start_matches('/'));
-        std::fs::create_dir_all(to.parent().context("no directory")?)?;
-        std::fs::copy(from, &to).with_context(|| format!("copying {}", from.display()))?;
-        Ok(std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755))?)
+        copy(self.tree.path(), from, to)
     }
+}
+
+/// Puts a program with the libraries that it is linked with into a directory that will be somebody's root.
+///
+/// # Errors
+/// When a file is missing.
+pub fn copy_program(tree: &Path, program: &Path, name: &str) -> Result<()> {
+    copy(tree, program, name)?;
+    let libraries = Command::new("ldd").arg(program).output().context("starting ldd")?;
+    for word in String::from_utf8_lossy(&libraries.stdout).split_whitespace() {
+        if word.starts_with('/') {
+            copy(tree, &Path::new(word).canonicalize()?, word)?;
+        }
+    }
+    Ok(())
+}
+
+fn copy(tree: &Path, from: &Path, to: &str) -> Result<()> {
+    let to = tree.join(to.trim_start_matches('/'));
+    std::fs::create_dir_all(to.parent().context("no directory")?)?;
+    std::fs::copy(from, &to).with_context(|| format!("copying {}", from.display()))?;
+    Ok(std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755))?)
 }
 
 /// Makes an initramfs of busybox and one shell script as `/init`.

@@ -9,6 +9,7 @@
 //! | [`cost`] | the time of each call of a pod's life, the memory of its processes |
 //! | [`agent`] | the agent as a plain process, and a client of it |
 //! | [`containers`] | containers of busybox through an agent, and what must hold of them |
+//! | [`oci`] | containers through the agent's library, and the same under runc |
 //! | [`guest`] | Linux guests booted by something other than containerd |
 //! | [`guest_share`] | a script that runs here, and in a jailed guest on a directory that it shares |
 //! | [`net`] | network interfaces of this machine that guests are tied to |
@@ -31,6 +32,7 @@ pub mod guest_share;
 pub mod leaks;
 pub mod net;
 pub mod node;
+pub mod oci;
 pub mod pod_vm;
 pub mod vmm;
 pub mod vsock;

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::{client::Client, connect::UnixVsock, v1};
 use caisson_vmm::{
-    config::{BlockDevice, DeviceConfig, FileSource, FsDevice, MachineConfig, VsockDevice},
+    config::{BlockDevice, DeviceConfig, FileSource, FsDevice, MachineConfig, NetDevice, VsockDevice},
     control::protocol::{RestoreCommand, RestoredDevice},
     devices::{block::BlockConfig, fs::FsConfig, vsock::VsockConfig},
 };
@@ -34,6 +34,8 @@ pub struct PodVm {
     pub vmm: Vmm,
     /// A connected client.
     pub client: Client<UnixVsock>,
+    /// What the agent told of the sandbox, once there is one.
+    pub sandbox: v1::CreateSandboxResponse,
     directory: tempfile::TempDir,
 }
 
@@ -44,6 +46,14 @@ impl PodVm {
     /// # Errors
     /// When something is missing, the VMM refuses, or the agent does not answer; the error shows the console then.
     pub async fn boot(more: &str) -> Result<Self> {
+        Self::boot_with_options("", more).await
+    }
+
+    /// As [`boot`](Self::boot), with options of the agent on the kernel's command line.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub async fn boot_with_options(options: &str, more: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let (kernel, initramfs) = (Product::Kernel.path()?, Product::Initramfs.path()?);
         let file = directory.path().join("machine.toml");
@@ -51,7 +61,7 @@ impl PodVm {
             &file,
             format!(
                 "kernel.image = {kernel:?}\nkernel.initramfs = {initramfs:?}\n\
-                 kernel.command_line = 'console=ttyS0 quiet'\nconsole.rate = 16777216\n\
+                 kernel.command_line = 'console=ttyS0 quiet {options}'\nconsole.rate = 16777216\n\
                  memory.size_mib = 128\n{more}"
             ),
         )?;
@@ -66,7 +76,7 @@ impl PodVm {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match Client::connect(UnixVsock::new(directory.path().join("vsock"))).await {
-                Ok(client) => return Ok(Self { vmm, client, directory }),
+                Ok(client) => return Ok(Self { vmm, client, sandbox: Default::default(), directory }),
                 Err(error) => {
                     let ended = vmm.ended()?;
                     if ended.is_some() || Instant::now() > deadline {
@@ -96,10 +106,29 @@ impl PodVm {
     /// # Errors
     /// When a tool is missing, or the VMM or the agent refuses.
     pub async fn pod(&mut self) -> Result<Pod> {
+        self.pod_of(v1::CreateSandboxRequest { id: "pod".into(), ..Default::default() }).await
+    }
+
+    /// As [`pod`](Self::pod), of a sandbox as it is asked for.
+    ///
+    /// # Errors
+    /// As [`pod`](Self::pod).
+    pub async fn pod_of(&mut self, request: v1::CreateSandboxRequest) -> Result<Pod> {
         self.plug_image().await?;
-        let request = v1::CreateSandboxRequest { id: "pod".into(), ..Default::default() };
-        self.client.sandbox().create_sandbox(request).await?;
+        self.sandbox = self.client.sandbox().create_sandbox(request).await?.into_inner();
         Ok(Pod { client: self.client.clone(), root: Root::Storage(IMAGE.into()) })
+    }
+
+    /// Plugs a network card on a tap device.
+    ///
+    /// # Errors
+    /// When the VMM or the agent refuses.
+    pub async fn plug_card(&mut self, tap: BorrowedFd<'_>, mac: &str) -> Result<()> {
+        let options = serde_json::from_value(serde_json::json!({"mac": mac}))?;
+        let device = DeviceConfig::Net(NetDevice { tap: FileSource::Descriptor(0), options });
+        let (slot, _) = self.vmm.client.plug(None, device, &[tap])?;
+        self.client.machine().plug_device(v1::PlugDeviceRequest { slot: slot.into() }).await?;
+        Ok(())
     }
 
     /// Plugs a shared directory, and returns its slot.
@@ -178,7 +207,9 @@ impl Template {
     }
 }
 
-fn vsock(socket: &Path, guest_cid: u32) -> DeviceConfig {
+/// A vsock device behind a unix socket.
+#[must_use]
+pub fn vsock(socket: &Path, guest_cid: u32) -> DeviceConfig {
     DeviceConfig::Vsock(VsockDevice {
         socket: FileSource::Path(socket.into()),
         dialer: None,

@@ -5,164 +5,16 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use caisson_agent::container::{Config, CreateRequest, Error, Event, ExecRequest, Runtime, State, Stdio};
-use caisson_agent::oci::{Process, Resources, Spec};
-use caisson_agent::reaper::Reaper;
+use caisson_agent::container::{Error, Event, State, Stdio};
+use caisson_agent::oci::Resources;
+use caisson_e2e::oci::Bed;
 use caisson_e2e::vmm::{Vmm, Workshop};
+use nix::libc;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
-
-/// A runtime with a root file system made of busybox, and everything gone with it.
-struct Bed {
-    dir: tempfile::TempDir,
-    cgroup: PathBuf,
-    runtime: Runtime,
-    events: mpsc::UnboundedReceiver<Event>,
-}
-
-impl Bed {
-    fn new() -> Bed {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("root");
-        for name in ["bin", "proc", "sys", "dev", "tmp", "etc"] {
-            fs::create_dir_all(root.join(name)).unwrap();
-        }
-        let busybox =
-            ["/usr/bin/busybox", "/bin/busybox"].into_iter().find(|path| Path::new(path).exists()).unwrap();
-        fs::copy(busybox, root.join("bin/busybox")).unwrap();
-        for applet in [
-            "sh", "cat", "sleep", "ls", "id", "head", "tail", "mount", "umount", "mkdir", "stat", "dd",
-            "true", "kill", "hostname", "readlink", "touch", "grep", "pwd", "stty", "date",
-        ] {
-            symlink("busybox", root.join("bin").join(applet)).unwrap();
-        }
-        fs::write(
-            root.join("etc/passwd"),
-            "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
-        )
-        .unwrap();
-        let id = dir.path().file_name().unwrap().to_str().unwrap().replace('.', "");
-        let cgroup = Path::new("/sys/fs/cgroup").join(format!("oci-{id}"));
-        let bin = std::env::var_os("CAISSON_BIN").expect("CAISSON_BIN is set");
-        let helper = Path::new(&bin).join("caisson-agent");
-        let (sender, events) = mpsc::unbounded_channel();
-        let config = Config { cgroup: cgroup.clone(), helper };
-        let runtime = Runtime::new(config, Reaper::start().unwrap(), sender).unwrap();
-        Bed { dir, cgroup, runtime, events }
-    }
-
-    fn root(&self) -> PathBuf {
-        self.dir.path().join("root")
-    }
-
-    fn spec(&self, script: &str) -> Value {
-        let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_SETUID", "CAP_SETGID"]);
-        json!({
-            "ociVersion": "1.2.0",
-            "root": {"path": self.root()},
-            "hostname": "box",
-            "process": {
-                "args": ["sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0},
-                "noNewPrivileges": true,
-                "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-            },
-            "mounts": [
-                {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-                 "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
-                {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-                 "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
-                {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
-                {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
-            ],
-            "linux": {
-                "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"},
-                               {"type": "network"}, {"type": "cgroup"}],
-                "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/acpi", "/proc/not-there"],
-                "readonlyPaths": ["/proc/sys", "/proc/bus"],
-            },
-        })
-    }
-
-    /// Creates, starts, and awaits a container; its exit code and output (of both streams).
-    async fn run(&self, spec: &Value) -> Result<(i32, String), Error> {
-        let (reader, stdio) = output();
-        self.create("c", spec, stdio).await?;
-        let started = self.runtime.start("c").await;
-        if started.is_err() {
-            self.runtime.remove("c", true).await.unwrap();
-        }
-        started?;
-        let text = tokio::task::spawn_blocking(move || text(reader)).await.unwrap();
-        let exit = self.runtime.wait("c", "").await?;
-        self.runtime.remove("c", false).await?;
-        Ok((exit.status.code(), text))
-    }
-
-    async fn output(&self, spec: &Value) -> String {
-        let (code, text) = self.run(spec).await.unwrap();
-        assert_eq!(code, 0, "{text}");
-        text
-    }
-
-    async fn create(&self, id: &str, spec: &Value, stdio: Stdio) -> Result<Option<OwnedFd>, Error> {
-        let spec = Spec::from_json(spec.to_string().as_bytes()).unwrap();
-        let request = CreateRequest { id: id.to_owned(), spec, rootfs: None, stdio };
-        Ok(self.runtime.create(request).await?.terminal)
-    }
-
-    async fn exec(&self, script: &str, extra: Value) -> Result<(i32, String), Error> {
-        let mut process = self.spec(script)["process"].clone();
-        process.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        let (reader, stdio) = output();
-        let process: Process = serde_json::from_value(process).unwrap();
-        let request = ExecRequest { container: "c".into(), id: "e".into(), process, stdio };
-        self.runtime.exec(request).await?;
-        let text = tokio::task::spawn_blocking(move || text(reader)).await.unwrap();
-        let exit = self.runtime.wait("c", "e").await?;
-        self.runtime.delete_exec("c", "e")?;
-        Ok((exit.status.code(), text))
-    }
-
-    async fn start(&self, spec: &Value) {
-        self.create("c", spec, Stdio::default()).await.unwrap();
-        self.runtime.start("c").await.unwrap();
-    }
-}
-
-impl Drop for Bed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
-            std::thread::sleep(Duration::from_millis(200));
-            for entry in fs::read_dir(&self.cgroup).into_iter().flatten().flatten() {
-                let _ = fs::remove_dir(entry.path());
-            }
-            let _ = fs::remove_dir(&self.cgroup);
-        } else {
-            // Fails when anything is left in it.
-            fs::remove_dir(&self.cgroup).unwrap();
-        }
-    }
-}
-
-fn output() -> (File, Stdio) {
-    let (reader, writer) = std::io::pipe().unwrap();
-    let stdout = OwnedFd::from(writer.try_clone().unwrap());
-    let stdio = Stdio { stdin: None, stdout: Some(stdout), stderr: Some(writer.into()) };
-    (OwnedFd::from(reader).into(), stdio)
-}
-
-fn text(mut reader: File) -> String {
-    let mut text = Vec::new();
-    reader.read_to_end(&mut text).unwrap();
-    String::from_utf8_lossy(&text).trim().to_owned()
-}
 
 #[tokio::test]
 async fn a_container_runs_and_leaves_nothing() {
@@ -199,7 +51,9 @@ async fn exit_codes_are_those_of_a_shell() {
     assert!(matches!(bed.runtime.remove("c", false).await, Err(Error::State { .. })));
     bed.runtime.signal("c", "", 9, false).unwrap();
     assert_eq!(bed.runtime.wait("c", "").await.unwrap().status.code(), 137);
-    assert!(matches!(bed.runtime.signal("c", "", 9, false), Err(Error::NoProcess { .. })));
+    for all in [false, true] {
+        assert!(matches!(bed.runtime.signal("c", "", 9, all), Err(Error::NoProcess { .. })), "{all}");
+    }
     bed.runtime.remove("c", false).await.unwrap();
 }
 
@@ -337,9 +191,53 @@ async fn limits_of_the_process() {
     let mut spec = bed.spec("ulimit -n; cat /proc/self/oom_score_adj");
     spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 88}]);
     spec["process"]["oomScoreAdj"] = json!(123);
+    assert_eq!(bed.output(&spec).await, "77\n123");
+}
+
+#[tokio::test]
+async fn priorities_of_the_process() {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    const BEST_EFFORT: libc::c_long = 2;
+    const SCHED_BATCH: libc::c_int = 3;
+    let bed = Bed::new();
+    let mut spec = bed.spec("sleep 100");
     spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 5});
     spec["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 3});
-    assert_eq!(bed.output(&spec).await, "77\n123");
+    bed.start(&spec).await;
+    let pid = i32::try_from(bed.runtime.list()[0].pid).unwrap();
+    // SAFETY: no pointers.
+    let io = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, pid) };
+    assert_eq!(io, BEST_EFFORT << 13 | 5);
+    // SAFETY: no pointers.
+    let (policy, nice) = unsafe {
+        (libc::sched_getscheduler(pid), libc::getpriority(libc::PRIO_PROCESS, pid.cast_unsigned()))
+    };
+    assert_eq!((policy, nice), (SCHED_BATCH, 3));
+    bed.runtime.remove("c", true).await.unwrap();
+}
+
+#[tokio::test]
+async fn mounts_map_ids() {
+    let bed = Bed::new();
+    let volume = bed.dir.path().join("volume");
+    fs::create_dir(&volume).unwrap();
+    std::os::unix::fs::chown(&volume, Some(1000), Some(2000)).unwrap();
+    fs::write(volume.join("theirs"), "").unwrap();
+    std::os::unix::fs::chown(volume.join("theirs"), Some(1005), Some(2005)).unwrap();
+    let mut spec = bed.spec("stat -c '%u:%g' /volume/theirs; touch /volume/new");
+    let map = |id: u32| json!([{"containerID": id, "hostID": id + 300_000, "size": 1000}]);
+    let mount = json!({
+        "destination": "/volume", "source": volume, "options": ["bind", "idmap"],
+        "uidMappings": map(1000), "gidMappings": map(2000),
+    });
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    spec["process"]["user"] = json!({"uid": 301_000, "gid": 302_000});
+    assert_eq!(bed.output(&spec).await, "301005:302005");
+    let made = std::os::unix::fs::MetadataExt::uid(&fs::metadata(volume.join("new")).unwrap());
+    assert_eq!(made, 1000, "what the container makes has the unmapped owner");
+    spec["mounts"][5]["gidMappings"] = json!([{"containerID": 0, "hostID": 0, "size": 0}]);
+    let error = bed.run(&spec).await.unwrap_err();
+    assert!(error.to_string().starts_with("mounts[5].uidMappings"), "{error}");
 }
 
 #[tokio::test]
@@ -463,6 +361,49 @@ async fn limits_hold_and_are_reported() {
     bed.runtime.remove("c", true).await.unwrap();
 }
 
+/// The first disk of this machine.
+fn disk() -> (u32, u32) {
+    let mut names: Vec<_> =
+        fs::read_dir("/sys/block").unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.retain(|name| name.starts_with("vd") || name.starts_with("sd"));
+    names.sort();
+    let numbers = fs::read_to_string(format!("/sys/block/{}/dev", names.first().expect("a disk"))).unwrap();
+    let (major, minor) = numbers.trim().split_once(':').unwrap();
+    (major.parse().unwrap(), minor.parse().unwrap())
+}
+
+#[tokio::test]
+async fn limits_of_disks_and_huge_pages() {
+    let bed = Bed::new();
+    let (major, minor) = disk();
+    let limit = |rate: u64| json!([{"major": major, "minor": minor, "rate": rate}]);
+    let mut spec = bed.spec("sleep 100");
+    spec["linux"]["resources"] = json!({
+        "blockIO": {
+            "weight": 500, "throttleReadBpsDevice": limit(1 << 20), "throttleWriteBpsDevice": limit(2 << 20),
+            "throttleReadIOPSDevice": limit(100), "throttleWriteIOPSDevice": limit(200),
+        },
+        "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}],
+    });
+    bed.start(&spec).await;
+    let read = |file: &str| fs::read_to_string(bed.cgroup.join("c").join(file)).unwrap();
+    assert_eq!(read("io.max"), format!("{major}:{minor} rbps=1048576 wbps=2097152 riops=100 wiops=200\n"));
+    let weight =
+        if bed.cgroup.join("c/io.bfq.weight").exists() { read("io.bfq.weight") } else { read("io.weight") };
+    assert!(weight == "default 500\n" || weight == "default 4950\n", "{weight}");
+    assert_eq!([read("hugetlb.2MB.max"), read("hugetlb.2MB.rsvd.max")], ["4194304\n", "4194304\n"]);
+    let pages = bed.runtime.stats("c").unwrap().hugetlb;
+    assert!(pages.iter().any(|pages| (&*pages.page_size, pages.max) == ("2MB", 4 << 20)), "{pages:?}");
+    let update = json!({"blockIO": {"throttleReadBpsDevice": limit(0)}});
+    bed.runtime.update("c", serde_json::from_value(update).unwrap()).await.unwrap();
+    assert!(read("io.max").contains("rbps=max wbps=2097152"), "{}", read("io.max"));
+    bed.runtime.remove("c", true).await.unwrap();
+
+    spec["linux"]["resources"] = json!({"hugepageLimits": [{"pageSize": "3MB", "limit": 1}]});
+    let error = bed.run(&spec).await.unwrap_err().to_string();
+    assert!(error.starts_with("linux.resources.hugepageLimits"), "{error}");
+}
+
 #[tokio::test]
 async fn lack_of_memory_is_reported_before_the_exit() {
     let mut bed = Bed::new();
@@ -552,9 +493,9 @@ async fn links_do_not_move_mounts() {
     assert!(error.to_string().starts_with("mounts[0].destination"), "{error}");
 }
 
-/// CVE-2025-31133, CVE-2025-52565: what covers masked paths and the console is never the image's.
+/// CVE-2025-31133: what covers masked paths is never the image's.
 #[tokio::test]
-async fn masks_and_consoles_are_not_the_images() {
+async fn masks_are_not_the_images() {
     let bed = Bed::new();
     let mut spec = bed.spec("stat -c %t:%T /proc/keys; cat /dev/null");
     let device = json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 5}]);
@@ -563,6 +504,45 @@ async fn masks_and_consoles_are_not_the_images() {
     assert!(bed.run(&spec).await.unwrap_err().to_string().starts_with("linux.devices[0]"));
     let text = bed.output(&bed.spec("stat -c %t:%T /proc/keys")).await;
     assert_eq!(text, "1:3");
+}
+
+/// CVE-2025-52565: the console is a terminal of the kernel's, and it goes where the container's /dev is.
+#[tokio::test]
+async fn consoles_are_not_the_images() {
+    let bed = Bed::new();
+    // A /dev of the container's making stays between two containers: a volume.
+    let dev = bed.dir.path().join("dev");
+    fs::create_dir_all(dev.join("pts")).unwrap();
+    let mut spec = bed.spec("true");
+    spec["process"]["terminal"] = json!(true);
+    spec["mounts"][1] = json!({"destination": "/dev", "source": dev, "options": ["rbind", "rw"]});
+    let devpts = spec["mounts"].as_array_mut().unwrap().remove(2);
+    let failure = async |spec: Value| bed.create("c", &spec, Stdio::default()).await.unwrap_err().to_string();
+
+    // A multiplexer that is no device, another device, or leads elsewhere.
+    fs::write(dev.join("pts/ptmx"), "bait").unwrap();
+    assert!(failure(spec.clone()).await.starts_with("process.terminal"));
+    fs::remove_file(dev.join("pts/ptmx")).unwrap();
+    symlink("/proc/self/fd/0", dev.join("pts/ptmx")).unwrap();
+    assert!(failure(spec.clone()).await.starts_with("process.terminal"));
+    fs::remove_file(dev.join("pts/ptmx")).unwrap();
+    let (mode, zero) = (nix::sys::stat::Mode::from_bits_truncate(0o666), nix::sys::stat::makedev(1, 5));
+    nix::sys::stat::mknod(&dev.join("pts/ptmx"), nix::sys::stat::SFlag::S_IFCHR, mode, zero).unwrap();
+    assert!(failure(spec.clone()).await.starts_with("process.terminal"));
+    fs::remove_file(dev.join("pts/ptmx")).unwrap();
+
+    // With a real one: the console's place is a link into what is to be masked.
+    spec["mounts"].as_array_mut().unwrap().insert(2, devpts);
+    for target in ["/proc/keys", "/proc/self/attr/exec", "../bin/busybox"] {
+        symlink(target, dev.join("console")).unwrap();
+        let error = failure(spec.clone()).await;
+        assert!(error.starts_with("process.terminal: mount /dev/console"), "{error}");
+        fs::remove_file(dev.join("console")).unwrap();
+    }
+    assert!(bed.runtime.list().is_empty());
+    let terminal = bed.create("c", &spec, Stdio::default()).await.unwrap();
+    assert!(terminal.is_some());
+    bed.runtime.remove("c", true).await.unwrap();
 }
 
 /// CVE-2025-52881: writes meant for procfs do not go where the container's procfs leads.
@@ -621,7 +601,9 @@ fn all_of_this_holds_in_a_machine_of_our_own() {
     let program = std::env::current_exe().unwrap();
     let workshop =
         Workshop::with_programs(&init, &[(&program, "program"), (&agent, "caisson-agent")]).unwrap();
-    let mut config = workshop.config("").unwrap();
+    let disk = workshop.disk("disk", "", 16 << 20).unwrap();
+    let disk = format!("[[devices]]\nblock.files = [{disk:?}]\nblock.options.id = 'disk'\n");
+    let mut config = workshop.config(&disk).unwrap();
     config.memory.size_mib = 768;
     let mut vmm = Vmm::boot(config).unwrap();
     let said = vmm.expect("test result: ").unwrap();

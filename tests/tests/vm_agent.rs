@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
-    containers::{self, Pod, Root},
+    containers::{self, Pod, Root, pod_spec, process},
     leaks::Holdings,
     pod_vm::PodVm,
     vmm::PATIENCE,
@@ -41,11 +41,47 @@ async fn busybox_runs_in_a_machine() -> Result<()> {
     Ok(())
 }
 
-/// What a guest says that must differ between two.
-async fn draws(pod: &Pod) -> Result<Vec<String>> {
+/// What a guest says that must differ between two: random bytes, identifiers, and the ports that the kernel chooses
+/// for connections and for listeners.
+async fn draws(vm: &PodVm, pod: &Pod) -> Result<Vec<String>> {
     let script = "head -c 32 /dev/urandom | hexdump -v -e '1/1 \"%02x\"'; echo; \
                   cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id";
-    Ok(pod.output("draws", script).await?.lines().map(str::to_owned).collect())
+    let mut drawn: Vec<_> = pod.output("draws", script).await?.lines().map(str::to_owned).collect();
+    // The kernel's choice for a connection depends on its destination: two of them make a chance match impossible.
+    let script = "for host in 127.0.0.1 127.0.0.2; do
+            httpd -p $host:8080 -h /proc
+            sleep 100 | nc $host 8080 >/dev/null &
+        done
+        for try in 1 2 3 4; do nc -l 127.0.0.1 >/dev/null & done
+        sleep 2; cat /proc/net/tcp";
+    let sockets = pod.output_of("ports", &pod_spec(&process(script, false), &vm.sandbox)?).await?;
+    let (clients, listeners) = ports(&sockets);
+    ensure!(clients.len() >= 2 && listeners.len() >= 4, "{sockets}");
+    drawn.extend([clients.join(" "), listeners.join(" ")]);
+    Ok(drawn)
+}
+
+/// Ports of /proc/net/tcp, in hexadecimal: those of clients of port 8080, and those that are listened on.
+fn ports(table: &str) -> (Vec<String>, Vec<String>) {
+    /// 8080.
+    const SERVER: &str = "1F90";
+    let (mut clients, mut listeners) = (Vec::new(), Vec::new());
+    for line in table.lines().skip(1) {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let [_, local, remote, state, ..] = fields[..] else { continue };
+        let port = |address: &str| address.rsplit(':').next().unwrap_or_default().to_owned();
+        match (port(local), port(remote)) {
+            (local, _) if state == "0A" && local != SERVER => listeners.push(local),
+            (local, remote) if local == SERVER && state != "0A" => clients.push(remote),
+            (local, remote) if remote == SERVER => clients.push(local),
+            _ => {}
+        }
+    }
+    // Both ends of a connection are in the table.
+    clients.sort();
+    clients.dedup();
+    listeners.sort();
+    (clients, listeners)
 }
 
 #[tokio::test]
@@ -64,8 +100,8 @@ async fn clones_of_one_guest_never_draw_the_same() -> Result<()> {
         };
         let told = vm.client.machine().after_restore(request).await?.into_inner();
         let pod = vm.pod().await?;
-        let drawn = draws(&pod).await?;
-        ensure!(drawn.len() == 3, "{drawn:?}");
+        let drawn = draws(&vm, &pod).await?;
+        ensure!(drawn.len() == 5, "{drawn:?}");
         for each in drawn.iter().chain([&told.machine_id]) {
             ensure!(seen.insert(each.clone()), "{each} was drawn twice");
         }

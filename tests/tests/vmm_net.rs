@@ -1,56 +1,25 @@
 //! Network cards: what goes through the tap arrives whole in both directions, with offloads and large frames.
 
 use std::{
-    fs::File,
     io::{Read, Write},
     net::TcpListener,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::AsFd,
     process::{Command, Stdio},
     thread,
 };
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
-    net::{NamedTap, ip},
+    net::{NamedTap, ip, tap},
     vmm::{PATIENCE, Vmm, Workshop},
 };
 use caisson_vmm::config::{DeviceConfig, FileSource, NetDevice};
-use nix::{
-    libc,
-    sys::{
-        socket::{setsockopt, sockopt},
-        time::{TimeVal, TimeValLike},
-    },
+use nix::sys::{
+    socket::{setsockopt, sockopt},
+    time::{TimeVal, TimeValLike},
 };
 
-/// TUNSETIFF of linux/if_tun.h, whose number names another type than what it takes.
-#[allow(missing_docs, reason = "nix's macro leaves no place for them")]
-mod ioctl {
-    use nix::libc;
-
-    nix::ioctl_write_ptr_bad!(
-        set_interface,
-        nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
-        libc::ifreq
-    );
-}
-
 const STREAM: usize = 24 << 20;
-
-/// A tap device that is gone with its descriptor.
-fn tap(name: &str) -> Result<OwnedFd> {
-    let file = File::options().read(true).write(true).open("/dev/net/tun").context("opening /dev/net/tun")?;
-    // SAFETY: an ifreq is plain data.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = libc::c_char::from_ne_bytes([from]);
-    }
-    request.ifr_ifru.ifru_flags =
-        libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)?;
-    // SAFETY: the kernel reads one ifreq.
-    unsafe { ioctl::set_interface(file.as_raw_fd(), &request) }.context("making a tap device")?;
-    Ok(file.into())
-}
 
 /// Bytes in which a lost, doubled or moved piece shows.
 fn stream() -> Vec<u8> {
