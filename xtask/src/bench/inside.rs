@@ -25,11 +25,11 @@ use super::{
 pub(super) const RESULTS: &str = "results.json";
 
 /// Bytes of the disk, all of which are read and half of which are written.
-const DISK: u64 = 128 << 20;
+const DISK: u64 = 32 << 20;
 /// Bytes that go through the network in each direction.
-const STREAM: usize = 64 << 20;
+const STREAM: usize = 16 << 20;
 /// Small requests for a latency.
-const REQUESTS: u32 = 500;
+const REQUESTS: u32 = 200;
 /// Our address at the guest's cable.
 const HOST_ADDRESS: &str = "10.91.0.1";
 
@@ -228,7 +228,7 @@ const FIGURES: [(&str, &str, Amount); 9] = [
     ("vsock_latency_us", "vsock-latency", Amount::Requests(REQUESTS)),
 ];
 
-/// Each step says `NAME+` before and `NAME-` after.
+/// Each step says `NAME+` before and `NAME-` after. The sizes are those above.
 const SCRIPT: &str = "\
 export PATH=/bin
 mount -t devtmpfs dev /dev
@@ -236,20 +236,20 @@ mount -t proc proc /proc
 ip link set lo up; ip addr add 10.91.0.2/24 dev eth0; ip link set eth0 up
 ping -c 1 -W 5 10.91.0.1 >/dev/null || echo no-network
 step() { echo $1+; shift; \"$@\" >/dev/null 2>&1 || echo failed: $*; }
-send() { dd if=/dev/zero bs=64k count=1024 2>/dev/null | nc 10.91.0.1 7002; }
-step block-read dd if=/dev/vda of=/dev/null bs=1M count=128 iflag=direct; echo block-read-
-step block-write dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct conv=fsync; echo block-write-
-step block-latency dd if=/dev/vda of=/dev/null bs=4k count=500 iflag=direct; echo block-latency-
+send() { dd if=/dev/zero bs=64k count=256 2>/dev/null | nc 10.91.0.1 7002; }
+step block-read dd if=/dev/vda of=/dev/null bs=1M count=32 iflag=direct; echo block-read-
+step block-write dd if=/dev/zero of=/dev/vda bs=1M count=16 oflag=direct conv=fsync; echo block-write-
+step block-latency dd if=/dev/vda of=/dev/null bs=4k count=200 iflag=direct; echo block-latency-
 step net-receive nc 10.91.0.1 7001; echo net-receive-
 step net-send send; echo net-send-
-step net-latency ping -A -q -c 500 10.91.0.1; echo net-latency-
+step net-latency ping -A -q -c 200 10.91.0.1; echo net-latency-
 ";
 
 /// Follows when there is a vsock device.
 const SCRIPT_VSOCK: &str = "\
 step vsock-receive xtask bench client receive; echo vsock-receive-
-step vsock-send xtask bench client send 67108864; echo vsock-send-
-step vsock-latency xtask bench client echo 500; echo vsock-latency-
+step vsock-send xtask bench client send 16777216; echo vsock-send-
+step vsock-latency xtask bench client echo 200; echo vsock-latency-
 ";
 
 /// Init never ends.
