@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use thiserror::Error;
 use tracing::{info, warn};
@@ -87,8 +88,8 @@ fn signal_all(signal: Signal) {
 
 async fn wait_until_alone(bound: Duration) -> bool {
     let end = Instant::now() + bound;
-    // ESRCH: nobody is left to be signalled. There is no descriptor that tells this, and it happens once.
-    while kill(Pid::from_raw(-1), None) != Err(Errno::ESRCH) {
+    // There is no descriptor that tells this, and it happens once.
+    while !is_alone() {
         if Instant::now() >= end {
             return false;
         }
@@ -97,9 +98,27 @@ async fn wait_until_alone(bound: Duration) -> bool {
     true
 }
 
+/// Whether PID 1 has no children: whoever else runs descends from one, as orphans become PID 1's. (A signal to
+/// everybody does not tell: it finds the kernel's own threads, which stay.)
+fn is_alone() -> bool {
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    waitid(Id::All, look) == Err(Errno::ECHILD)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kernels_own_threads_are_no_company() {
+        assert!(is_alone());
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        assert!(!is_alone());
+        child.kill().unwrap();
+        assert!(!is_alone(), "one that has ended is there until it is reaped");
+        child.wait().unwrap();
+        assert!(is_alone());
+    }
 
     #[test]
     fn what_a_shutdown_leaves_mounted() {

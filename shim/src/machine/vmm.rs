@@ -116,6 +116,8 @@ pub(super) fn machine(
     let vcpus = plan.size.vcpus;
     let mut devices = vec![
         DeviceConfig::Rng(Default::default()),
+        // Gives back what the guest has freed.
+        DeviceConfig::Balloon(Default::default()),
         DeviceConfig::Vsock(vsock),
         DeviceConfig::Fs(FsDevice { directory: None, options: share }),
     ];
