@@ -71,11 +71,19 @@ impl<W: Write> Write for Outcomes<W> {
     }
 }
 
-/// Whether a test passed, and which, from a line like `PASS [   0.400s] ( 1/90) crate::binary module::test`.
+/// How often a whole-system test is tried: once, and the retries of nextest's profile `e2e`.
+const TRIES: &str = "3";
+
+/// Whether a test passed, and which, from a line like `PASS [   0.400s] ( 1/90) crate::binary module::test`, or
+/// `TRY 2 PASS [ …` for one that is tried more than once.
 fn parse(line: &str) -> Option<(bool, Test)> {
     let (status, rest) = line.trim_start().split_once(" [")?;
+    let (tries, status) =
+        status.strip_prefix("TRY ").map_or(Some((TRIES, status)), |attempt| attempt.split_once(' '))?;
     let passed = match status {
         "PASS" | "LEAK" => true,
+        // It will be tried again.
+        _ if tries != TRIES => return None,
         "FAIL" | "TIMEOUT" | "ABORT" => false,
         other if other.starts_with("SIG") => false,
         _ => return None,
@@ -105,6 +113,18 @@ mod tests {
             "(test(x) | test(y)) - (binary_id(=a::b) & test(=one::two)) - (binary_id(=a::c) & test(=three)) - \
              (binary_id(=a::d) & test(=four))"
         );
+    }
+
+    #[test]
+    fn only_the_last_try_counts() {
+        let mut outcomes = Outcomes::new(io::sink());
+        let said = "  TRY 1 FAIL [   1.0s] ( 1/90) a::b one\n  TRY 2 PASS [   1.0s] ( 1/90) a::b one\n  TRY 1 FAIL [   \
+                    1.0s] ( 2/90) a::b two\n  TRY 2 FAIL [   1.0s] ( 2/90) a::b two\n  TRY 3 FAIL [   1.0s] ( 2/90) \
+                    a::b two\n  TRY 1 FAIL [   1.0s] ( 3/90) a::b three\n";
+        outcomes.write_all(said.as_bytes()).unwrap();
+        assert_eq!(outcomes.failures(), 1);
+        assert_eq!(outcomes.passed.len(), 1);
+        assert!(!outcomes.rest(None).contains("three"));
     }
 
     #[test]
