@@ -209,6 +209,30 @@ impl PrivateApt {
         fs::remove_dir_all(&downloads).context("removing the downloaded package")
     }
 
+    /// Downloads a package and all that it depends on, and unpacks their files into a directory. Nothing is
+    /// configured: no script of theirs runs.
+    ///
+    /// # Errors
+    /// When one can't be fetched or unpacked.
+    pub(crate) fn unpack_all(&self, package: &str, into: &Path) -> Result<()> {
+        let downloads = into.join("download");
+        fs::create_dir_all(downloads.join("partial"))
+            .with_context(|| format!("creating {}", downloads.display()))?;
+        let mut download = self.command("apt-get");
+        download.arg("-o").arg(format!("Dir::Cache::Archives={}", downloads.display()));
+        download.args(["install", "--download-only", "--yes", "--no-install-recommends", package]);
+        let what = format!("downloading {package} and what it needs");
+        proc::run_logged(&what, &mut download, &downloads.join("log"))?;
+        for entry in fs::read_dir(&downloads)? {
+            let file = entry?.path();
+            if file.extension().is_some_and(|extension| extension == "deb") {
+                let mut unpack = proc::dies_with_us("dpkg-deb", Signal::SIGKILL);
+                proc::run(unpack.arg("--extract").arg(&file).arg(into))?;
+            }
+        }
+        fs::remove_dir_all(&downloads).context("removing the downloaded packages")
+    }
+
     fn command(&self, program: &str) -> Command {
         let mut command = proc::dies_with_us(program, Signal::SIGKILL);
         let option = |name: &str, path: &str| format!("{name}={}", self.root.join(path).display());

@@ -311,7 +311,7 @@ impl std::error::Error for TimedOut {}
 const DISK: &str = "if=none,format=raw,cache=unsafe,aio=threads,discard=unmap";
 
 fn qemu(bed: &Testbed, args: &MachineArgs, console: &Path) -> Command {
-    let mut qemu = proc::dies_with_us("qemu-system-x86_64", Signal::SIGKILL);
+    let mut qemu = bed.qemu.command();
     let (threads, cpus) = if args.icount { ("single", 1) } else { ("multi", args.cpus) };
     let mut cmdline = CMDLINE.to_owned();
     if args.icount {

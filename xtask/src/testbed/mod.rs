@@ -3,6 +3,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`root`] | the machine's kernel and root file systems, made from Debian packages and cached |
+//! | [`qemu`] | the emulator: Debian unstable's QEMU, beside whatever the host has |
 //! | [`boot`] | QEMU: the machine, its shares, its ports, its end |
 //! | [`monitor`] | QEMU's monitor, asked where a machine hangs |
 //! | [`exec`] | running one command in it, or on this host when that has hardware KVM |
@@ -13,6 +14,7 @@
 pub(crate) mod boot;
 pub(crate) mod exec;
 mod monitor;
+mod qemu;
 pub(crate) mod root;
 
 use std::{process::ExitCode, time::Duration};

@@ -28,7 +28,7 @@ impl Monitor {
         ours.set_read_timeout(Some(PATIENCE)).context("limiting reads from the monitor")?;
         ours.set_write_timeout(Some(PATIENCE)).context("limiting writes to the monitor")?;
         qemu.arg("-chardev").arg(format!("socket,id=monitor,fd={}", theirs.as_raw_fd()));
-        qemu.args(["-mon", "chardev=monitor,mode=readline"]);
+        qemu.args(["-monitor", "chardev:monitor"]);
         proc::inherit(qemu, theirs.as_raw_fd());
         Ok((Self(ours), theirs))
     }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use super::Variant;
+use super::{Variant, qemu::Qemu};
 use crate::{
     apt::{self, PrivateApt, Suite},
     cache::Key,
@@ -19,8 +19,7 @@ use crate::{
 };
 
 /// What the host needs to build and boot a testbed.
-const TOOLS: [&str; 6] =
-    ["mmdebstrap", "debian-archive-keyring", "e2fsprogs", "kmod", "xz-utils", "qemu-system-x86"];
+const TOOLS: [&str; 5] = ["mmdebstrap", "debian-archive-keyring", "e2fsprogs", "kmod", "xz-utils"];
 
 /// What the root has on top of a minimal Debian.
 const PACKAGES: &[&str] = &[
@@ -129,6 +128,8 @@ const ROOT_SIZE: &str = "12G";
 /// A testbed that is ready to boot.
 #[derive(Debug)]
 pub(crate) struct Testbed {
+    /// What emulates it.
+    pub(crate) qemu: Qemu,
     /// Debian's kernel.
     pub(crate) kernel: PathBuf,
     /// The initramfs that mounts the root.
@@ -179,6 +180,7 @@ pub(crate) fn build(host: &Host, variant: Variant) -> Result<Testbed> {
         fs::write(output.join("initramfs"), archive).context("writing the testbed's initramfs")
     })?;
     Ok(Testbed {
+        qemu: Qemu::unpack(host)?,
         kernel: kernel.join("vmlinuz"),
         initramfs: initramfs.join("initramfs"),
         root: root.join("root.ext4"),
