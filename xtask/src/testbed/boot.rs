@@ -264,48 +264,27 @@ impl Drop for Machine {
 
 /// A boot that hung or crashed. Emulated multiprocessors do that now and then (a processor may miss that another has
 /// patched the code it runs); it is tried again.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("the booting testbed {what}; {console}")]
 pub(crate) struct BootFailed {
     what: String,
     console: String,
 }
 
-impl std::fmt::Display for BootFailed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the booting testbed {}; {}", self.what, self.console)
-    }
-}
-
-impl std::error::Error for BootFailed {}
-
 /// A machine that ended or hung while its command ran.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("the testbed {what}; {state}")]
 pub(crate) struct Lost {
     what: String,
     state: String,
 }
 
-impl std::fmt::Display for Lost {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the testbed {}; {}", self.what, self.state)
-    }
-}
-
-impl std::error::Error for Lost {}
-
 /// A command that did not end in time.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("the command was still running after {}", proc::clock(*limit))]
 pub(crate) struct TimedOut {
     limit: Duration,
 }
-
-impl std::fmt::Display for TimedOut {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the command was still running after {}", proc::clock(self.limit))
-    }
-}
-
-impl std::error::Error for TimedOut {}
 
 /// What all disks have in common: they are thrown away, so nothing is ever flushed.
 const DISK: &str = "if=none,format=raw,cache=unsafe,aio=threads,discard=unmap";
