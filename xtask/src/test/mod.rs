@@ -1,6 +1,7 @@
 //! `cargo xtask test`: everything that must hold before a change is merged.
 
 mod outcome;
+mod packed;
 
 use std::{
     env, fs, io,
@@ -23,6 +24,7 @@ use crate::{
     testbed::{Variant, boot::Lost, exec},
 };
 use outcome::Outcomes;
+use packed::Packed;
 
 /// How often a variant's tests may lose the emulated machine that they run on, and go on in another.
 const LOSSES: usize = 2;
@@ -73,16 +75,16 @@ pub(crate) fn run(host: &Host, args: &TestArgs) -> Result<ExitCode> {
         checks(host, args, &mut steps);
     }
     if !args.unit
-        && let Some((system, archive)) = build(host, args, &mut steps)
+        && let Some((system, tests)) = build(host, args, &mut steps)
     {
         if args.direct {
-            steps.run("e2e on this host", || end_to_end(host, args, (&system, &archive), None));
+            steps.run("e2e on this host", || end_to_end(host, args, (&system, &tests), None));
         }
         let variants =
             Variant::ALL.into_iter().filter(|each| args.variant.is_none_or(|wanted| wanted == *each));
         for variant in variants.filter(|_| !args.direct) {
             let name = format!("e2e in the testbed ({})", variant.name());
-            steps.run(&name, || end_to_end(host, args, (&system, &archive), Some(variant)));
+            steps.run(&name, || end_to_end(host, args, (&system, &tests), Some(variant)));
         }
         if !args.direct && !args.soak {
             steps.run("killed commands", || killed_commands(host, args));
@@ -108,15 +110,15 @@ fn checks(host: &Host, args: &TestArgs, steps: &mut Steps) {
     });
 }
 
-/// Makes what the whole-system tests need, and their archive.
-fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<(System, PathBuf)> {
+/// Makes what the whole-system tests need, and them.
+fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<(System, Packed)> {
     let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
     let images = steps.run("images", || images(host, args))?;
     let products = steps.run("release builds", || products::build(host))?;
     steps.run("file system suites", || suites::build(host, &products))?;
     let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
-    let archive = steps.run("building the whole-system tests", || archive(host, &products))?;
-    Some((System { products, kernel, initramfs, images }, archive))
+    let tests = steps.run("building the whole-system tests", || whole_system_tests(host, &products))?;
+    Some((System { products, kernel, initramfs, images }, tests))
 }
 
 fn images(host: &Host, args: &TestArgs) -> Result<PathBuf> {
@@ -127,15 +129,12 @@ fn images(host: &Host, args: &TestArgs) -> Result<PathBuf> {
     directory.canonicalize().with_context(|| format!("finding {}", directory.display()))
 }
 
-/// Packs the tests, and puts their runners beside our binaries.
-fn archive(host: &Host, products: &Path) -> Result<PathBuf> {
-    let archive = host.target.join("xtask/e2e.tar.zst");
-    let mut pack = cargo();
-    pack.args(["nextest", "archive", "--package", "caisson-e2e", "--archive-file"]).arg(&archive);
-    proc::run(pack.current_dir(&host.workspace))?;
+/// Builds the tests, and puts what runs them beside our binaries.
+fn whole_system_tests(host: &Host, products: &Path) -> Result<Packed> {
+    let tests = Packed::build(host)?;
     system::runners(host, products)?;
     products::keep(&nextest().context("cargo-nextest is not there any more")?, products)?;
-    Ok(archive)
+    Ok(tests)
 }
 
 /// Runs the packed tests in the testbed, or on this host.
@@ -145,7 +144,7 @@ fn archive(host: &Host, products: &Path) -> Result<PathBuf> {
 fn end_to_end(
     host: &Host,
     args: &TestArgs,
-    (system, archive): (&System, &Path),
+    (system, tests): (&System, &Packed),
     variant: Option<Variant>,
 ) -> Result<()> {
     let asked = filter(args, variant);
@@ -155,7 +154,7 @@ fn end_to_end(
     let seen = || outcomes.lock().unwrap_or_else(PoisonError::into_inner);
     let mut wanted = asked.clone();
     for losses in 0.. {
-        let nextest = nextest_in(host, args, (system, archive), &place, wanted.as_deref())?;
+        let nextest = nextest_in(host, args, (system, tests), &place, wanted.as_deref())?;
         let mut request = system.beside_containerd(host, &place, nextest)?;
         request.timeout = Some(if args.soak { SOAK_LIMIT } else { E2E_LIMIT });
         match exec::exec(host, &request, outcomes.clone()) {
@@ -177,14 +176,13 @@ fn end_to_end(
 fn nextest_in(
     host: &Host,
     args: &TestArgs,
-    (system, archive): (&System, &Path),
+    (system, tests): (&System, &Packed),
     place: &Place<'_>,
     wanted: Option<&str>,
 ) -> Result<Vec<String>> {
     let mut command = vec![place.path(host, &system.products.join("cargo-nextest"))?];
-    command.extend(["nextest", "run", "--no-fail-fast", "--archive-file"].map(str::to_owned));
-    command.push(place.path(host, archive)?);
-    command.push(format!("--workspace-remap={}", place.path(host, &host.workspace)?));
+    command.extend(["nextest", "run", "--no-fail-fast"].map(str::to_owned));
+    command.extend(tests.options(host, place)?);
     if let Some(wanted) = wanted {
         command.extend(["-E", wanted, "--no-tests", "pass"].map(str::to_owned));
     }
