@@ -9,10 +9,11 @@ use caisson_protocol::{connect, ports};
 use nix::unistd::geteuid;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
-use tonic::transport::server::Connected;
 use tracing::{debug, warn};
+
+use crate::task;
 
 /// Accepted connections that wait to be served.
 const BACKLOG: usize = 16;
@@ -23,19 +24,12 @@ impl<T: AsyncRead + AsyncWrite + Send> Transport for T {}
 /// A connection, whatever its transport.
 pub struct Connection {
     transport: Pin<Box<dyn Transport>>,
-    /// Its place among those that may be open at a time, if their number is limited.
-    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
     /// Wraps a transport's connection.
     pub fn new(transport: impl AsyncRead + AsyncWrite + Send + 'static) -> Connection {
-        Connection { transport: Box::pin(transport), _permit: None }
-    }
-
-    /// The connection, which gives `permit` back at its end.
-    pub fn holding(self, permit: OwnedSemaphorePermit) -> Connection {
-        Connection { _permit: Some(permit), ..self }
+        Connection { transport: Box::pin(transport) }
     }
 }
 
@@ -63,12 +57,6 @@ impl AsyncWrite for Connection {
     }
 }
 
-impl Connected for Connection {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) {}
-}
-
 /// The accepted connections of both ports.
 pub struct Incoming {
     /// To [`ports::CONTROL`].
@@ -86,7 +74,7 @@ pub fn listen_vsock() -> io::Result<Incoming> {
     let (streams_sender, streams) = mpsc::channel(BACKLOG);
     for (port, sender) in [(ports::CONTROL, control_sender), (ports::STREAMS, streams_sender)] {
         let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?;
-        tokio::spawn(accept_vsock(listener, sender));
+        task::spawn(accept_vsock(listener, sender));
     }
     Ok(Incoming { control, streams })
 }
@@ -103,7 +91,7 @@ pub fn listen_unix(path: &Path) -> io::Result<Incoming> {
     let listener = UnixListener::bind(path)?;
     let (control_sender, control) = mpsc::channel(BACKLOG);
     let (streams_sender, streams) = mpsc::channel(BACKLOG);
-    tokio::spawn(accept_unix(listener, control_sender, streams_sender));
+    task::spawn(accept_unix(listener, control_sender, streams_sender));
     Ok(Incoming { control, streams })
 }
 
@@ -130,7 +118,7 @@ async fn accept_unix(
         match listener.accept().await {
             Ok((stream, _)) => {
                 let (control, streams) = (control.clone(), streams.clone());
-                tokio::spawn(async move {
+                task::spawn(async move {
                     if let Err(error) = route_unix(stream, &control, &streams).await {
                         debug!(%error, "refused a connection");
                     }

@@ -9,6 +9,7 @@
 //! - [`network`]: the pod's interfaces, addresses, routes, neighbours; [`namespace`]: work in another namespace.
 //! - [`pod`]: the namespaces that containers share; [`storage`]: file systems that the host names;
 //!   [`transfer`]: files in and out, connections into the pod.
+//! - [`task`]: tasks, and work that blocks.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock; [`oci`]: the runtime specification's types.
 
@@ -30,4 +31,5 @@ pub mod service;
 pub mod state;
 pub mod storage;
 pub mod streams;
+pub mod task;
 pub mod transfer;

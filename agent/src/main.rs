@@ -9,7 +9,7 @@ use std::time::Duration;
 use caisson_agent::options::{Command, Drill, Listen, OptionError, Options, USAGE};
 use caisson_agent::reaper::Reaper;
 use caisson_agent::state::{Shutdown, State};
-use caisson_agent::{connection, init, log, pod, service};
+use caisson_agent::{connection, init, log, pod, service, task};
 use caisson_protocol::v1::{ShuttingDown, event};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -134,7 +134,7 @@ fn serve(
         let by_signal = Shutdown { reboot: false, grace_ms: SIGNAL_GRACE_MS };
         let mut server = tokio::spawn(service::serve(state.clone(), incoming));
         if let Some(drill) = options.drill {
-            tokio::spawn(break_on_purpose(drill));
+            task::spawn(break_on_purpose(drill));
         }
         let mut serving = true;
         let how = tokio::select! {
@@ -180,7 +180,7 @@ async fn break_on_purpose(drill: Drill) {
 
 fn follow_kernel_log(state: &Arc<State>) {
     let state = state.clone();
-    tokio::spawn(async move {
+    task::spawn(async move {
         if let Err(error) = log::follow_kernel(state.lines.clone()).await {
             state.fault("kernel log", error.to_string());
         }

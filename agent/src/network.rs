@@ -1,19 +1,21 @@
-//! The pod's network: interfaces, addresses, routes, neighbours, by rtnetlink.
+//! The pod's network: interfaces, addresses, routes, neighbours, by rtnetlink(7).
 //!
 //! Interfaces are found by MAC: in the pod's namespace, or else in the agent's, where the kernel makes those of
 //! devices that are plugged. Everything is checked before anything changes.
 
 mod apply;
 mod dns;
+mod link;
 mod list;
+mod netlink;
 mod parse;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 
-use rtnetlink::Handle;
 use thiserror::Error;
 
+use self::netlink::Netlink;
 use crate::namespace;
 
 pub use apply::{apply, remove_interface};
@@ -41,7 +43,7 @@ pub enum NetworkError {
         /// What was tried.
         action: String,
         /// Its reason.
-        source: rtnetlink::Error,
+        source: io::Error,
     },
     /// The namespace or a file is out of reach.
     #[error("{action}")]
@@ -58,56 +60,19 @@ impl NetworkError {
         NetworkError::Invalid { field, value: value.into() }
     }
 
-    fn netlink(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
+    fn netlink(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
         let action = action.into();
         move |source| NetworkError::Netlink { action, source }
     }
 }
 
-/// A netlink connection into a network namespace.
-pub struct Connection {
-    handle: Handle,
-    task: tokio::task::JoinHandle<()>,
-    // Kept to move interfaces here.
-    namespace: Option<OwnedFd>,
+/// A netlink socket of the agent's namespace.
+fn own() -> Result<Netlink, NetworkError> {
+    Netlink::new().map_err(|source| NetworkError::Io { action: "open netlink", source })
 }
 
-impl Connection {
-    /// To the namespace of the agent.
-    ///
-    /// # Errors
-    /// When there is no netlink socket to be had.
-    pub fn own() -> Result<Connection, NetworkError> {
-        let opened = rtnetlink::new_connection();
-        let (connection, handle, _) =
-            opened.map_err(|source| NetworkError::Io { action: "open netlink", source })?;
-        Ok(Connection { handle, task: tokio::spawn(connection), namespace: None })
-    }
-
-    /// To `namespace`.
-    ///
-    /// # Errors
-    /// When it can not be entered.
-    pub fn enter(namespace: BorrowedFd<'_>) -> Result<Connection, NetworkError> {
-        let failed = |source| NetworkError::Io { action: "enter the pod's network namespace", source };
-        let kept = namespace.try_clone_to_owned().map_err(failed)?;
-        let runtime = tokio::runtime::Handle::current();
-        // A socket stays in the namespace that it was made in, whoever uses it.
-        let (connection, handle, _) = namespace::within(namespace, || {
-            let _context = runtime.enter();
-            rtnetlink::new_connection()
-        })
-        .map_err(failed)?;
-        Ok(Connection { handle, task: tokio::spawn(connection), namespace: Some(kept) })
-    }
-
-    fn namespace_fd(&self) -> Option<i32> {
-        self.namespace.as_ref().map(AsRawFd::as_raw_fd)
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+/// A netlink socket of `pod`, a network namespace.
+fn enter(pod: BorrowedFd<'_>) -> Result<Netlink, NetworkError> {
+    namespace::within(pod, Netlink::new)
+        .map_err(|source| NetworkError::Io { action: "enter the pod's network namespace", source })
 }

@@ -19,6 +19,8 @@ use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
+use crate::task;
+
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
@@ -65,7 +67,7 @@ impl Reaper {
         let reaper = Reaper::default();
         let mut children = signal(SignalKind::child())?;
         let task = reaper.clone();
-        tokio::spawn(async move {
+        task::spawn(async move {
             while children.recv().await.is_some() {
                 task.reap();
             }

@@ -4,6 +4,7 @@
 mod agent;
 mod containers;
 mod follow;
+mod http;
 mod machine;
 mod network;
 mod processes;
@@ -13,34 +14,28 @@ mod status;
 mod storages;
 mod transfers;
 
-use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
 
 use caisson_protocol::limits;
-use caisson_protocol::v1::Storage;
-use caisson_protocol::v1::agent_server::{AgentServer, SERVICE_NAME as AGENT};
-use caisson_protocol::v1::containers_server::{ContainersServer, SERVICE_NAME as CONTAINERS};
-use caisson_protocol::v1::machine_server::{MachineServer, SERVICE_NAME as MACHINE};
-use caisson_protocol::v1::network_server::{NetworkServer, SERVICE_NAME as NETWORK};
-use caisson_protocol::v1::sandbox_server::{SERVICE_NAME as SANDBOX, SandboxServer};
-use caisson_protocol::v1::storages_server::{SERVICE_NAME as STORAGES, StoragesServer};
-use caisson_protocol::v1::transfers_server::{SERVICE_NAME as TRANSFERS, TransfersServer};
+use caisson_protocol::server::Method;
+use caisson_protocol::v1::agent_server::SERVICE_NAME as AGENT;
+use caisson_protocol::v1::containers_server::SERVICE_NAME as CONTAINERS;
+use caisson_protocol::v1::machine_server::SERVICE_NAME as MACHINE;
+use caisson_protocol::v1::network_server::SERVICE_NAME as NETWORK;
+use caisson_protocol::v1::sandbox_server::SERVICE_NAME as SANDBOX;
+use caisson_protocol::v1::storages_server::SERVICE_NAME as STORAGES;
+use caisson_protocol::v1::transfers_server::SERVICE_NAME as TRANSFERS;
+use caisson_protocol::v1::{self as proto, Storage};
 use futures_util::FutureExt;
 use processes::Processes;
 use thiserror::Error;
-use tokio::sync::{Semaphore, mpsc};
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::Status;
 use tonic::body::Body;
-use tonic::transport::Server;
-use tower::Service;
 use tracing::warn;
 
 use crate::clock;
@@ -50,6 +45,7 @@ use crate::init::CGROUP_ROOT;
 use crate::pod::Pod;
 use crate::state::State;
 use crate::storage::Storages;
+use crate::task;
 use crate::transfer::Transfers;
 
 /// The agent can not serve.
@@ -59,46 +55,36 @@ pub enum ServeError {
     /// Containers can not be run here.
     #[error("cannot run containers")]
     Runtime(#[from] container::Error),
-    /// The control connections failed.
-    #[error("cannot serve control connections")]
-    Transport(#[from] tonic::transport::Error),
 }
 
 /// Serves both ports until the state is closing, and then until the calls in flight have ended.
 ///
 /// # Errors
-/// When containers can not be run here, or the transport under the control connections fails.
+/// When containers can not be run here.
 pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), ServeError> {
     let (sender, events) = mpsc::unbounded_channel();
     let runtime = Runtime::new(container_config(&state), state.reaper.clone(), sender)?;
     let processes = Processes::new(state.clone());
-    tokio::spawn(processes.clone().follow(events));
+    task::spawn(processes.clone().follow(events));
     state.listening_us.store(clock::boottime_us(), Ordering::Release);
     let streams = state.streams.clone();
-    tokio::spawn(async move {
+    task::spawn(async move {
         let permits = Arc::new(Semaphore::new(limits::MAX_STREAM_CONNECTIONS));
         while let Some(connection) = incoming.streams.recv().await {
             // Handshakes in flight are what is bounded here; streams themselves are bounded by who makes them.
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
             let streams = streams.clone();
-            tokio::spawn(async move {
+            task::spawn(async move {
                 streams.attach(connection).await;
                 drop(permit);
             });
         }
     });
-    let permits = Arc::new(Semaphore::new(limits::MAX_CONTROL_CONNECTIONS));
-    let control = ReceiverStream::new(incoming.control).filter_map(move |connection| {
-        let permit = permits.clone().try_acquire_owned();
-        if permit.is_err() {
-            warn!(limit = limits::MAX_CONTROL_CONNECTIONS, "closed a control connection: too many");
-        }
-        permit.ok().map(|permit| Ok::<_, Infallible>(connection.holding(permit)))
-    });
     let mut closing = state.closing.subscribe();
     let shared = Arc::new(Shared::new(state, runtime, processes));
     let ending = shared.clone();
-    let closed = async move {
+    let (close, closed) = watch::channel(false);
+    task::spawn(async move {
         // An error means that the state is gone, and with it the reason to serve.
         let _ = closing.wait_for(|&closing| closing).await;
         if !ending.state.is_init {
@@ -106,12 +92,9 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), Serv
             ending.remove_everything().await;
         }
         ending.state.emptied.send_replace(true);
-    };
-    Server::builder()
-        .max_concurrent_streams(limits::MAX_IN_FLIGHT)
-        .http2_max_header_list_size(16 << 10)
-        .serve_with_incoming_shutdown(Router::new(shared), control, closed)
-        .await?;
+        close.send_replace(true);
+    });
+    http::serve(Router::new(shared), incoming.control, closed).await;
     Ok(())
 }
 
@@ -158,7 +141,7 @@ impl Shared {
         }
         let pod = self.pod.lock().await.take();
         // Its end waits for its processes.
-        let _ = tokio::task::spawn_blocking(move || drop(pod)).await;
+        let _ = task::blocking(move || drop(pod)).await;
         if let Err(error) = std::fs::remove_dir(container_config(&self.state).cgroup) {
             warn!(%error, "the control group stays");
         }
@@ -189,88 +172,69 @@ impl Shared {
     }
 }
 
-/// Sends each call to its service by the path's first component.
+/// Sends each call to its service by the path's first component, and to its method by the second.
 #[derive(Clone)]
 struct Router {
     state: Arc<State>,
-    agent: AgentServer<agent::Service>,
-    containers: ContainersServer<containers::Service>,
-    machine: MachineServer<machine::Service>,
-    network: NetworkServer<network::Service>,
-    sandbox: SandboxServer<sandbox::Service>,
-    storages: StoragesServer<storages::Service>,
-    transfers: TransfersServer<transfers::Service>,
-}
-
-macro_rules! server {
-    ($server:ident, $service:expr) => {
-        $server::new($service)
-            .max_decoding_message_size(limits::MAX_MESSAGE)
-            .max_encoding_message_size(limits::MAX_MESSAGE)
-    };
+    agent: Arc<agent::Service>,
+    containers: Arc<containers::Service>,
+    machine: Arc<machine::Service>,
+    network: Arc<network::Service>,
+    sandbox: Arc<sandbox::Service>,
+    storages: Arc<storages::Service>,
+    transfers: Arc<transfers::Service>,
 }
 
 impl Router {
     fn new(shared: Arc<Shared>) -> Router {
         let state = shared.state.clone();
         Router {
-            containers: server!(ContainersServer, containers::Service(shared.clone())),
-            agent: server!(AgentServer, agent::Service::new(state.clone())),
-            machine: server!(MachineServer, machine::Service(shared.clone())),
-            network: server!(NetworkServer, network::Service(shared.clone())),
-            sandbox: server!(SandboxServer, sandbox::Service(shared.clone())),
-            storages: server!(StoragesServer, storages::Service(shared.clone())),
-            transfers: server!(TransfersServer, transfers::Service(shared)),
+            containers: Arc::new(containers::Service(shared.clone())),
+            agent: Arc::new(agent::Service::new(state.clone())),
+            machine: Arc::new(machine::Service(shared.clone())),
+            network: Arc::new(network::Service(shared.clone())),
+            sandbox: Arc::new(sandbox::Service(shared.clone())),
+            storages: Arc::new(storages::Service(shared.clone())),
+            transfers: Arc::new(transfers::Service(shared)),
             state,
         }
     }
-}
 
-impl Service<http::Request<Body>> for Router {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let path = request.uri().path().to_owned();
-        let service = path.split('/').nth(1).unwrap_or_default();
-        let call: Self::Future = match service {
-            AGENT => Box::pin(self.agent.call(request)),
-            CONTAINERS => Box::pin(self.containers.call(request)),
-            MACHINE => Box::pin(self.machine.call(request)),
-            NETWORK => Box::pin(self.network.call(request)),
-            SANDBOX => Box::pin(self.sandbox.call(request)),
-            STORAGES => Box::pin(self.storages.call(request)),
-            TRANSFERS => Box::pin(self.transfers.call(request)),
-            _ => {
-                let unknown = Status::unimplemented(format!("no service {service:?}"));
-                return Box::pin(std::future::ready(Ok(unknown.into_http())));
-            }
+    fn find(&self, path: &str) -> Result<Method, Status> {
+        let (service, method) = path.trim_start_matches('/').split_once('/').unwrap_or_default();
+        let found = match service {
+            AGENT => proto::agent_method(self.agent.clone(), method),
+            CONTAINERS => proto::containers_method(self.containers.clone(), method),
+            MACHINE => proto::machine_method(self.machine.clone(), method),
+            NETWORK => proto::network_method(self.network.clone(), method),
+            SANDBOX => proto::sandbox_method(self.sandbox.clone(), method),
+            STORAGES => proto::storages_method(self.storages.clone(), method),
+            TRANSFERS => proto::transfers_method(self.transfers.clone(), method),
+            _ => return Err(Status::unimplemented(format!("no service {service:?}"))),
         };
-        let state = self.state.clone();
-        // A panic ends this call alone, and is told: the hook has recorded it.
-        Box::pin(AssertUnwindSafe(call).catch_unwind().map(move |result| {
-            result.unwrap_or_else(|_| {
-                state.fault("service", format!("{path} panicked"));
-                Ok(Status::internal("the agent's handler panicked").into_http())
-            })
-        }))
+        found.ok_or_else(|| Status::unimplemented(format!("{service} has no method {method:?}")))
+    }
+
+    /// Answers a call. A panic ends this call alone, and is told: the hook has recorded it.
+    async fn call(&self, request: ::http::Request<Body>) -> ::http::Response<Body> {
+        let path = request.uri().path().to_owned();
+        let method = match self.find(&path) {
+            Ok(method) => method,
+            Err(status) => return status.into_http(),
+        };
+        AssertUnwindSafe(method.serve(request)).catch_unwind().await.unwrap_or_else(|_| {
+            self.state.fault("service", format!("{path} panicked"));
+            Status::internal("the agent's handler panicked").into_http()
+        })
     }
 }
 
-/// Runs blocking work (mounts, sysfs, namespaces) off the reactor's thread.
+/// Runs work that blocks off the reactor's thread.
 async fn blocking<T, E, F>(work: F) -> Result<T, Status>
 where
     T: Send + 'static,
     E: Into<Status> + Send + 'static,
     F: FnOnce() -> Result<T, E> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(Into::into),
-        Err(_) => Err(Status::internal("the agent's worker panicked")),
-    }
+    task::blocking(work).await?.map_err(Into::into)
 }

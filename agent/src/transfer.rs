@@ -27,6 +27,7 @@ use tokio::sync::oneshot;
 use crate::pod::Pod;
 use crate::state::{lock, random};
 use crate::streams::Port;
+use crate::task;
 
 /// Bytes moved at a time.
 const CHUNK: usize = 256 << 10;
@@ -147,7 +148,7 @@ impl Transfers {
             return Err(TransferError::Limit);
         }
         results.insert(stream, receiver);
-        tokio::spawn(async move {
+        task::spawn(async move {
             // Nobody may want to know.
             let _ = sender.send(transfer.await);
         });
@@ -315,7 +316,7 @@ async fn attached(port: &mut Port) -> Result<crate::connection::Connection, Tran
 async fn off_thread<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+    task::blocking(work).await?
 }
 
 fn check_path(path: &str) -> Result<(), TransferError> {

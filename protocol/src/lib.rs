@@ -2,6 +2,7 @@
 //!
 //! - [`v1`]: the gRPC services and messages, generated from `proto/`; every verb and status code is described there.
 //! - `client`: the host's end: typed clients of all services (feature `client`, on by default).
+//! - [`server`]: the agent's end: calls of any method.
 //! - [`connect`]: the `CONNECT <port>` handshake of the unix socket behind a vsock device, both sides.
 //! - [`stream`]: the handshake of byte streams, both sides.
 //! - [`ports`], [`limits`]: constants that both ends keep to.
@@ -11,6 +12,7 @@ pub mod client;
 pub mod connect;
 pub mod limits;
 pub mod ports;
+pub mod server;
 pub mod stream;
 
 /// Generated gRPC services and messages of protocol version 1.

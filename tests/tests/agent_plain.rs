@@ -183,6 +183,61 @@ async fn the_network_is_applied_and_read_back() -> Result<()> {
     Ok(())
 }
 
+/// The plugin `ptp` gives an address with a prefix, and takes away the route to it that the kernel made.
+#[tokio::test]
+async fn exactly_the_routes_that_are_named_are_made() -> Result<()> {
+    let agent = Agent::start().await?;
+    agent.sandbox().await?;
+    let mac = "02:ca:15:00:00:02";
+    agent.run_inside(&[
+        "ip", "link", "add", "eth0", "address", mac, "type", "veth", "peer", "name", "peer0",
+    ])?;
+    agent.run_inside(&["ip", "link", "set", "peer0", "up"])?;
+    let route = |destination: &str, gateway: &str, source: &str| v1::Route {
+        destination: destination.into(),
+        gateway: gateway.into(),
+        device: "eth0".into(),
+        source: source.into(),
+        scope: (if gateway.is_empty() { v1::route::Scope::Link } else { v1::route::Scope::Universe }).into(),
+        ..Default::default()
+    };
+    let interface = v1::Interface {
+        mac: mac.into(),
+        name: "eth0".into(),
+        addresses: vec!["10.1.0.5/24".into(), "fd00:1::5/64".into()],
+        no_prefix_routes: true,
+        ..Default::default()
+    };
+    let config = v1::NetworkConfig {
+        interfaces: vec![interface],
+        routes: vec![
+            route("10.1.0.1/32", "", "10.1.0.5"),
+            route("fd00:1::1/128", "", ""),
+            route("10.1.0.0/24", "10.1.0.1", ""),
+            route("fd00:1::/64", "fd00:1::1", ""),
+        ],
+        ..Default::default()
+    };
+    let own = |routes: Vec<v1::Route>| -> Vec<(String, String)> {
+        let own = routes.into_iter().filter(|route| {
+            route.destination.starts_with("10.1.") || route.destination.starts_with("fd00:1:")
+        });
+        let mut own: Vec<_> = own.map(|route| (route.destination, route.gateway)).collect();
+        own.sort();
+        own
+    };
+    let apply = async |config: &v1::NetworkConfig| -> Result<Vec<(String, String)>> {
+        let request = v1::ApplyNetworkRequest { network: Some(config.clone()) };
+        agent.client.network().apply_network(call(request)).await?;
+        let listed = agent.client.network().get_network(v1::GetNetworkRequest {}).await?.into_inner();
+        Ok(own(listed.network.unwrap_or_default().routes))
+    };
+    let wanted = own(config.routes.clone());
+    assert_eq!(apply(&config).await?, wanted);
+    assert_eq!(apply(&config).await?, wanted, "once more");
+    Ok(())
+}
+
 #[tokio::test]
 async fn storages_are_stacked_filled_and_taken_away() -> Result<()> {
     let agent = Agent::start().await?;

@@ -19,6 +19,7 @@ use super::{Config, CreateRequest, Created, Error, Event, ExecRequest, Exit, Inf
 use super::{sys, validate};
 use crate::oci::{self, NamespaceKind};
 use crate::reaper::Reaper;
+use crate::task;
 
 /// How long processes may take to die of SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -315,9 +316,8 @@ impl Runtime {
         work: impl FnOnce(&Arc<Inner>) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let inner = self.inner.clone();
-        tokio::task::spawn_blocking(move || work(&inner))
-            .await
-            .map_err(|error| Error::system("run a task")(io::Error::other(error)))?
+        let done = task::blocking(move || work(&inner)).await;
+        done.map_err(|panicked| Error::system("run a task")(panicked.into()))?
     }
 }
 
@@ -382,13 +382,13 @@ impl Inner {
         });
         lock(&self.containers).insert(id, Slot::Ready(container.clone()));
         drop(claim);
-        tokio::spawn(report_exit(
+        task::spawn(report_exit(
             self.events.clone(),
             container.clone(),
             String::new(),
             container.init.clone(),
         ));
-        tokio::spawn(report_oom(self.events.clone(), container));
+        task::spawn(report_oom(self.events.clone(), container));
         Ok(created)
     }
 
@@ -426,7 +426,7 @@ impl Inner {
             Ok((child, created)) => {
                 let child = Arc::new(child);
                 lock(&container.execs).insert(id.clone(), Some(child.clone()));
-                tokio::spawn(report_exit(self.events.clone(), container, id, child));
+                task::spawn(report_exit(self.events.clone(), container, id, child));
                 Ok(created)
             }
             Err(error) => {

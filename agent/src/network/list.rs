@@ -2,103 +2,77 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::os::fd::BorrowedFd;
 
 use caisson_protocol::v1 as proto;
-use futures_util::TryStreamExt;
-use rtnetlink::RouteMessageBuilder;
-use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use rtnetlink::packet_route::neighbour::{
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
-use rtnetlink::packet_route::route::{
+use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteScope, RouteType,
 };
-use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::apply::name_of;
+use super::link::Link;
 use super::parse::format_mac;
-use super::{Connection, NetworkError};
+use super::{NetworkError, enter};
 
 /// RT_TABLE_MAIN of linux/rtnetlink.h.
 const MAIN_TABLE: u32 = 254;
 /// RT_TABLE_LOCAL: the kernel's own entries.
 const LOCAL_TABLE: u32 = 255;
 
-/// Interfaces except loopback, unicast routes of all tables but the local one, permanent neighbours.
+/// Of `pod`, a network namespace: interfaces except loopback, unicast routes of all tables but the local one,
+/// permanent neighbours.
 ///
 /// # Errors
 /// When the kernel does not answer.
-pub async fn list(pod: &Connection) -> Result<proto::NetworkConfig, NetworkError> {
-    let mut names = HashMap::new();
-    let mut interfaces = Vec::new();
-    let mut links = pod.handle.link().get().execute();
-    while let Some(link) = links.try_next().await.map_err(NetworkError::netlink("list interfaces"))? {
-        let name = name_of(&link).cloned().unwrap_or_default();
-        names.insert(link.header.index, name.clone());
-        if !link.header.flags.contains(LinkFlags::Loopback) {
-            interfaces.push((link.header.index, interface(&link, name)));
-        }
-    }
-    let mut addresses = pod.handle.address().get().execute();
-    while let Some(message) = addresses.try_next().await.map_err(NetworkError::netlink("list addresses"))? {
-        let local = |attribute: &AddressAttribute| match attribute {
-            AddressAttribute::Local(address) => Some(*address),
-            _ => None,
-        };
-        let any = |attribute: &AddressAttribute| match attribute {
-            AddressAttribute::Address(address) => Some(*address),
-            _ => None,
-        };
-        let found = message.attributes.iter().find_map(local).or(message.attributes.iter().find_map(any));
-        let owner = interfaces.iter_mut().find(|(index, _)| *index == message.header.index);
-        if let (Some(address), Some((_, interface))) = (found, owner) {
-            interface.addresses.push(format!("{address}/{}", message.header.prefix_len));
-        }
-    }
+pub fn list(pod: BorrowedFd<'_>) -> Result<proto::NetworkConfig, NetworkError> {
+    let mut pod = enter(pod)?;
+    let links: Vec<Link> =
+        pod.dump(libc::RTM_GETLINK, &Link::default()).map_err(NetworkError::netlink("list interfaces"))?;
+    let addresses: Vec<AddressMessage> = pod
+        .dump(libc::RTM_GETADDR, &AddressMessage::default())
+        .map_err(NetworkError::netlink("list addresses"))?;
+    let routes: Vec<RouteMessage> = pod
+        .dump(libc::RTM_GETROUTE, &RouteMessage::default())
+        .map_err(NetworkError::netlink("list routes"))?;
+    let neighbours: Vec<NeighbourMessage> = pod
+        .dump(libc::RTM_GETNEIGH, &NeighbourMessage::default())
+        .map_err(NetworkError::netlink("list neighbours"))?;
+    let names: HashMap<u32, String> = links.iter().map(|link| (link.index(), link.told_name())).collect();
+    let wired = links.iter().filter(|link| !link.is_loopback());
     Ok(proto::NetworkConfig {
-        interfaces: interfaces.into_iter().map(|(_, interface)| interface).collect(),
-        routes: routes(pod, &names).await?,
-        neighbours: neighbours(pod, &names).await?,
+        interfaces: wired.map(|link| interface(link, &addresses)).collect(),
+        routes: routes.iter().filter_map(|message| route(message, &names)).collect(),
+        neighbours: neighbours.iter().filter_map(|message| neighbour(message, &names)).collect(),
     })
 }
 
-fn interface(link: &LinkMessage, name: String) -> proto::Interface {
-    let mut interface = proto::Interface { name, ..proto::Interface::default() };
-    interface.up = link.header.flags.contains(LinkFlags::Up);
-    for attribute in &link.attributes {
-        match attribute {
-            LinkAttribute::Address(bytes) => interface.mac = format_mac(bytes),
-            LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
-            LinkAttribute::Stats64(stats) => {
-                interface.counters = Some(proto::InterfaceCounters {
-                    rx_bytes: stats.rx_bytes,
-                    rx_packets: stats.rx_packets,
-                    rx_errors: stats.rx_errors,
-                    rx_dropped: stats.rx_dropped,
-                    tx_bytes: stats.tx_bytes,
-                    tx_packets: stats.tx_packets,
-                    tx_errors: stats.tx_errors,
-                    tx_dropped: stats.tx_dropped,
-                });
-            }
-            _ => {}
-        }
+fn interface(link: &Link, addresses: &[AddressMessage]) -> proto::Interface {
+    let own = addresses.iter().filter(|message| message.header.index == link.index());
+    proto::Interface {
+        mac: link.mac().map(format_mac).unwrap_or_default(),
+        name: link.told_name(),
+        mtu: link.told_mtu().unwrap_or(0),
+        addresses: own.filter_map(address).collect(),
+        up: link.is_up(),
+        counters: link.counters(),
+        ..proto::Interface::default()
     }
-    interface
 }
 
-async fn routes(pod: &Connection, names: &HashMap<u32, String>) -> Result<Vec<proto::Route>, NetworkError> {
-    let mut routes = Vec::new();
-    for filter in
-        [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
-    {
-        let mut messages = pod.handle.route().get(filter).execute();
-        while let Some(message) = messages.try_next().await.map_err(NetworkError::netlink("list routes"))? {
-            routes.extend(route(&message, names));
-        }
-    }
-    Ok(routes)
+/// In CIDR notation. On a link to one peer, the other attribute is the peer's.
+fn address(message: &AddressMessage) -> Option<String> {
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    let any = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    });
+    Some(format!("{}/{}", local.or(any)?, message.header.prefix_len))
 }
 
 fn route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<proto::Route> {
@@ -147,18 +121,6 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
         _ => None,
     }
-}
-
-async fn neighbours(
-    pod: &Connection,
-    names: &HashMap<u32, String>,
-) -> Result<Vec<proto::Neighbour>, NetworkError> {
-    let mut neighbours = Vec::new();
-    let mut messages = pod.handle.neighbours().get().execute();
-    while let Some(message) = messages.try_next().await.map_err(NetworkError::netlink("list neighbours"))? {
-        neighbours.extend(neighbour(&message, names));
-    }
-    Ok(neighbours)
 }
 
 fn neighbour(message: &NeighbourMessage, names: &HashMap<u32, String>) -> Option<proto::Neighbour> {

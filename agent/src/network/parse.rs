@@ -22,6 +22,8 @@ pub(super) struct Interface {
     pub(super) name: String,
     pub(super) mtu: Option<u32>,
     pub(super) addresses: Vec<Prefix>,
+    /// Whether each address brings a route to its prefix.
+    pub(super) prefix_routes: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -69,6 +71,7 @@ fn interface(interface: &proto::Interface) -> Result<Interface, NetworkError> {
             .iter()
             .map(|text| prefix("address", text))
             .collect::<Result<_, _>>()?,
+        prefix_routes: !interface.no_prefix_routes,
     })
 }
 

@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status};
 use super::{Shared, stats};
 use crate::container::{self, CreateRequest, ExecRequest};
 use crate::oci;
+use crate::task;
 
 #[derive(Clone)]
 pub(super) struct Service(pub(super) Arc<Shared>);
@@ -260,8 +261,7 @@ async fn exec(shared: &Arc<Shared>, request: proto::ExecRequest) -> Result<proto
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<Response<T>, Status> {
-    let result = tokio::spawn(work).await;
-    result.map_err(|_| Status::internal("the agent's task panicked"))?.map(Response::new)
+    task::detached(work).await?.map(Response::new)
 }
 
 fn json<T: DeserializeOwned>(field: &str, bytes: &[u8]) -> Result<T, Status> {

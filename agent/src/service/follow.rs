@@ -10,6 +10,7 @@ use tonic::Status;
 
 use crate::ring::Ring;
 use crate::state::State;
+use crate::task;
 
 /// Items on their way to a client; more wait in the ring.
 const IN_FLIGHT: usize = 16;
@@ -24,7 +25,7 @@ where
     F: Fn(&State) -> &Ring<T> + Send + Sync + 'static,
 {
     let (sender, receiver) = mpsc::channel(IN_FLIGHT);
-    tokio::spawn(async move {
+    task::spawn(async move {
         let ring = ring(&state);
         let mut next = from;
         let mut closing = state.closing.subscribe();

@@ -5,18 +5,11 @@ use std::sync::Arc;
 use caisson_protocol::v1::{self as proto, network_server};
 use tonic::{Request, Response, Status};
 
-use super::Shared;
-use crate::network::{self, Connection};
+use super::{Shared, blocking};
+use crate::network;
 
 #[derive(Clone)]
 pub(super) struct Service(pub(super) Arc<Shared>);
-
-impl Service {
-    async fn connection(&self) -> Result<Connection, Status> {
-        let pod = self.0.pod().await?;
-        Ok(Connection::enter(pod.network())?)
-    }
-}
 
 #[tonic::async_trait]
 impl network_server::Network for Service {
@@ -26,7 +19,8 @@ impl network_server::Network for Service {
     ) -> Result<Response<proto::ApplyNetworkResponse>, Status> {
         self.0.state.accepting()?;
         let config = request.into_inner().network.unwrap_or_default();
-        network::apply(&self.connection().await?, &config).await?;
+        let pod = self.0.pod().await?;
+        blocking(move || network::apply(pod.network(), &config)).await?;
         Ok(Response::new(proto::ApplyNetworkResponse {}))
     }
 
@@ -34,7 +28,8 @@ impl network_server::Network for Service {
         &self,
         request: Request<proto::RemoveInterfaceRequest>,
     ) -> Result<Response<proto::RemoveInterfaceResponse>, Status> {
-        network::remove_interface(&self.connection().await?, &request.into_inner().mac).await?;
+        let (pod, mac) = (self.0.pod().await?, request.into_inner().mac);
+        blocking(move || network::remove_interface(pod.network(), &mac)).await?;
         Ok(Response::new(proto::RemoveInterfaceResponse {}))
     }
 
@@ -42,7 +37,8 @@ impl network_server::Network for Service {
         &self,
         _: Request<proto::GetNetworkRequest>,
     ) -> Result<Response<proto::GetNetworkResponse>, Status> {
-        let network = network::list(&self.connection().await?).await?;
+        let pod = self.0.pod().await?;
+        let network = blocking(move || network::list(pod.network())).await?;
         Ok(Response::new(proto::GetNetworkResponse { network: Some(network) }))
     }
 

@@ -17,6 +17,7 @@ use crate::container::{Event, Exit as Ended, Stdio};
 use crate::reaper;
 use crate::state::{State, lock};
 use crate::streams::{self, Exit, Fd, Finish, Port};
+use crate::task;
 
 /// How long the streams of what was removed may still hand over what they have.
 const LINGER: Duration = Duration::from_secs(1);
@@ -80,7 +81,7 @@ impl Processes {
                 let port = registry.open();
                 streams.ids.stdin = port.id();
                 streams.stdio.stdin = Some(theirs);
-                pumps.push(tokio::spawn(streams::feed(port, fd(ours)?, close.clone())).abort_handle());
+                pumps.push(task::spawn(streams::feed(port, fd(ours)?, close.clone())).abort_handle());
             }
             for (wanted, id, end) in [
                 (selection.stdout, &mut streams.ids.stdout, &mut streams.stdio.stdout),
@@ -92,7 +93,7 @@ impl Processes {
                     *id = port.id();
                     *end = Some(theirs);
                     let source = Arc::new(fd(ours)?);
-                    pumps.push(tokio::spawn(streams::drain(port, source, finish)).abort_handle());
+                    pumps.push(task::spawn(streams::drain(port, source, finish)).abort_handle());
                 }
             }
             exit
@@ -110,7 +111,7 @@ impl Processes {
         console: Option<OwnedFd>,
     ) -> Result<(), Status> {
         if let (Some((port, finish)), Some(console)) = (terminal, console) {
-            let pump = tokio::spawn(streams::terminal(port, Arc::new(fd(console)?), finish));
+            let pump = task::spawn(streams::terminal(port, Arc::new(fd(console)?), finish));
             if let Some(process) = lock(&self.table).get_mut(&(container.to_owned(), process.to_owned())) {
                 process.pumps.push(pump.abort_handle());
             }
@@ -173,7 +174,7 @@ impl Processes {
                         .map(|known| (known.exit.clone(), known.status.clone()));
                     // A process that could not be made is nobody's.
                     let Some((drain, status)) = known else { continue };
-                    tokio::spawn(report(
+                    task::spawn(report(
                         self.state.clone(),
                         drain,
                         status,
@@ -226,7 +227,7 @@ fn nanoseconds(at: SystemTime) -> i64 {
 impl Process {
     /// Streams may hand over what they have for a moment.
     fn end(self) {
-        tokio::spawn(async move {
+        task::spawn(async move {
             tokio::time::sleep(LINGER).await;
             self.pumps.iter().for_each(AbortHandle::abort);
         });

@@ -13,6 +13,7 @@ use crate::network;
 use crate::pod::{self, Pod};
 use crate::state::Shutdown;
 use crate::storage::check_id;
+use crate::task;
 
 /// The longest grace that a shutdown may ask for: ten minutes.
 const MAX_GRACE_MS: u32 = 600_000;
@@ -37,7 +38,7 @@ impl sandbox_server::Sandbox for Service {
         }
         // Cancelled calls must not leave half a pod: the work goes on in a task of its own.
         let shared = self.0.clone();
-        let created = tokio::spawn(async move {
+        let created = task::detached(async move {
             let mut pod = shared.pod.lock().await;
             if pod.is_some() {
                 return Err(Status::already_exists("the guest has a sandbox"));
@@ -55,7 +56,7 @@ impl sandbox_server::Sandbox for Service {
                 }
             }
         });
-        created.await.map_err(|_| Status::internal("the agent's task panicked"))?.map(Response::new)
+        created.await?.map(Response::new)
     }
 
     async fn destroy_sandbox(
@@ -67,7 +68,7 @@ impl sandbox_server::Sandbox for Service {
             milliseconds => Duration::from_millis(milliseconds.into()),
         };
         let shared = self.0.clone();
-        let destroyed = tokio::spawn(async move {
+        let destroyed = task::detached(async move {
             let mut pod = shared.pod.lock().await;
             let deadline = Instant::now() + limit;
             for container in shared.runtime.list() {
@@ -78,14 +79,13 @@ impl sandbox_server::Sandbox for Service {
             }
             shared.unmount_all(None).await?;
             if let Some(pod) = pod.take() {
-                let dropped = tokio::task::spawn_blocking(move || drop(pod));
-                dropped.await.map_err(|_| Status::internal("the agent's worker panicked"))?;
+                task::blocking(move || drop(pod)).await?;
                 let resolv_conf = shared.resolv_conf();
                 let _ = std::fs::remove_file(resolv_conf);
             }
             Ok(proto::DestroySandboxResponse {})
         });
-        destroyed.await.map_err(|_| Status::internal("the agent's task panicked"))?.map(Response::new)
+        destroyed.await?.map(Response::new)
     }
 
     async fn shutdown(
@@ -100,7 +100,7 @@ impl sandbox_server::Sandbox for Service {
         let how = Shutdown { reboot: request.reboot, grace_ms: request.grace_ms };
         let state = self.0.state.clone();
         // Late enough for the reply to be on its way.
-        tokio::spawn(async move {
+        task::spawn(async move {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
             state.shutdown.send_replace(Some(how));
         });
@@ -127,8 +127,8 @@ async fn create(
         pod.adopt(init)?;
     }
     pod.set_names(&request.hostname, &request.domainname)?;
-    let connection = network::Connection::enter(pod.network())?;
-    network::apply(&connection, &request.network.clone().unwrap_or_default()).await?;
+    let config = request.network.clone().unwrap_or_default();
+    let pod = blocking(move || network::apply(pod.network(), &config).map(|()| pod)).await?;
     // After the network: a parameter may be an interface's.
     pod.set_sysctls(&request.sysctls)?;
     let mut resolv_conf = String::new();

@@ -11,6 +11,7 @@ use crate::network::NetworkError;
 use crate::pod::PodError;
 use crate::ring::Gap;
 use crate::storage::StorageError;
+use crate::task::Panicked;
 use crate::transfer::TransferError;
 
 /// An error's text with those of all its sources.
@@ -27,6 +28,12 @@ pub(super) fn chain(error: &dyn Error) -> String {
 
 pub(super) fn status(code: Code, error: &dyn Error) -> Status {
     Status::new(code, chain(error))
+}
+
+impl From<Panicked> for Status {
+    fn from(error: Panicked) -> Status {
+        status(Code::Internal, &error)
+    }
 }
 
 impl From<GuestError> for Status {

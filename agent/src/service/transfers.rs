@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 
 use super::{Shared, blocking};
 use crate::streams::forward;
+use crate::task;
 use crate::transfer;
 
 #[derive(Clone)]
@@ -86,7 +87,7 @@ impl transfers_server::Transfers for Service {
             .map_err(|error| Status::internal(format!("the connection inside the pod: {error}")))?;
         let port = self.0.state.streams.open();
         let stream = port.id();
-        tokio::spawn(forward(port, socket));
+        task::spawn(forward(port, socket));
         Ok(Response::new(proto::PortForwardResponse { stream }))
     }
 }

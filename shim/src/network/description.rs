@@ -112,6 +112,8 @@ impl From<&Interface> for v1::Interface {
             name: interface.name.clone(),
             mtu: interface.mtu,
             addresses: interface.addresses.iter().map(Prefix::to_string).collect(),
+            // The namespace's routes to prefixes are told like all others: some plugins remove them.
+            no_prefix_routes: true,
             ..v1::Interface::default()
         }
     }
