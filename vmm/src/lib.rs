@@ -16,6 +16,7 @@
 //! | [`seccomp`] | system call filters, thread by thread |
 //! | [`metrics`] | lock-free counters |
 //! | [`rate_limiter`] | token buckets for bytes and operations |
+//! | [`heap`] | how threads share the heap |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
 //!
 //! The guest is hostile. Whatever it can influence (descriptors, registers, indices, packets) is validated
@@ -25,6 +26,7 @@ pub mod boot;
 pub mod config;
 pub mod control;
 pub mod devices;
+pub mod heap;
 pub mod jail;
 pub mod machine;
 pub mod memory;

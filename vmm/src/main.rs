@@ -13,6 +13,7 @@ use std::{
 use caisson_vmm::{
     config::{FileSource, MachineConfig},
     control::{Supervisor, protocol::RestoreCommand, socket, supervisor::SupervisorError},
+    heap,
     jail::{Inherited, Jail, JailConfig, Side},
     machine::{ExitReason, shares::Shares},
     resources::{self, Access, Descriptors, Resources},
@@ -47,6 +48,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let birth = Instant::now();
+    heap::share();
     let arguments = Arguments::parse();
     tracing_subscriber::fmt()
         .with_max_level(arguments.log_level)
@@ -67,7 +69,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorError> {
-    let inherited = Inherited::note().map_err(|e| SupervisorError::Host("listing open descriptors", e))?;
+    // First of all, before anything of ours is open.
+    let inherited = arguments.jail.is_some().then(Inherited::note).transpose();
+    let inherited = inherited.map_err(|e| SupervisorError::Host("listing open descriptors", e))?;
     let jail = arguments.jail.as_deref().map(JailConfig::from_file).transpose()?;
     let mut supervisor = Supervisor::new(resources::open_kvm()?, birth)?;
     if let Some(number) = arguments.control_fd {
@@ -81,7 +85,9 @@ fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorEr
     let socket = config.as_ref().and_then(|config| config.control.socket.as_deref());
     let _socket = socket.map(|path| listen(&mut supervisor, path)).transpose()?;
     let sockets = config.as_ref().map(MachineConfig::sockets).unwrap_or_default();
-    enter(&mut supervisor, jail, &inherited, sockets)?;
+    if let Some((jail, inherited)) = jail.zip(inherited) {
+        enter(&mut supervisor, jail, &inherited, sockets)?;
+    }
     match origin {
         // Whoever controls the process makes the machine.
         Origin::Nothing => return supervisor.run(),
@@ -113,17 +119,16 @@ impl<'a> Origin<'a> {
     }
 }
 
-/// Goes into the jail, if there is to be one. The process that stays outside never returns: it removes
-/// `sockets`, and ends as the one inside has.
+/// Goes into the jail. The process that stays outside never returns: it removes `sockets`, and ends as the one
+/// inside has.
 fn enter(
     supervisor: &mut Supervisor,
-    jail: Option<JailConfig>,
+    jail: JailConfig,
     inherited: &Inherited,
     sockets: Vec<PathBuf>,
 ) -> Result<(), SupervisorError> {
-    let Some(config) = jail else { return Ok(()) };
     let ours = inherited.opened_since().map_err(|e| SupervisorError::Host("listing open descriptors", e))?;
-    match Jail::new(config, ours)?.removing(sockets).enter()? {
+    match Jail::new(jail, ours)?.removing(sockets).enter()? {
         Side::Inside(inside) => {
             tracing::info!(landlock = ?inside.landlock, "in the jail");
             let share = inside.share.map(|share| Shares::jailed(share.root, share.descriptors)).transpose();

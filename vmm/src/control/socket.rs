@@ -83,15 +83,22 @@ pub fn send(socket: BorrowedFd<'_>, data: &[u8], descriptors: &[RawFd], wait: bo
     if sent == data.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
+/// The length of the packet that is next: most are short, and clearing a buffer for the longest takes longer
+/// than to carry out what is asked for.
+fn next_length(socket: BorrowedFd<'_>, flags: MsgFlags) -> io::Result<usize> {
+    let flags = flags | MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
+    Ok(recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut [IoSliceMut::new(&mut [])], None, flags)?.bytes)
+}
+
 /// Receives a packet; `None` when the peer has closed its end.
 ///
 /// # Errors
 /// [`io::ErrorKind::InvalidData`] when the packet was longer, or had more descriptors, than is allowed.
 pub fn receive(socket: BorrowedFd<'_>, wait: bool) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
-    let mut data = vec![0; MAX_MESSAGE];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
+    let mut data = vec![0; next_length(socket, flags)?.min(MAX_MESSAGE)];
     let mut control = cmsg_space!([RawFd; MAX_DESCRIPTORS]);
     let mut parts = [IoSliceMut::new(&mut data)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
     let received = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
     let mut descriptors = Vec::new();
     for message in received.cmsgs()? {

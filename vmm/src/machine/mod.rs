@@ -34,7 +34,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use poller::{Poller, Token};
 pub use processors::ProcessorError;
-use processors::Processors;
+use processors::{CpuSource, Processors};
 use serde::{Deserialize, Serialize};
 use shares::Shares;
 use slots::{SlotError, Slots};
@@ -100,6 +100,9 @@ pub enum MachineError {
     /// The processors.
     #[error(transparent)]
     Processor(#[from] ProcessorError),
+    /// A snapshot without one.
+    #[error("the snapshot has no processor")]
+    NoProcessor,
     /// The slots.
     #[error(transparent)]
     Slot(#[from] SlotError),
@@ -180,7 +183,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let ram = GuestRam::new(shape.ram)?;
         let console = |irq| Ok(Console::new(irq, sink));
-        Self::with_memory(kvm, shape, ram, poller, BusParts { console, started })
+        Self::with_memory((kvm, CpuSource::Host), shape, ram, poller, BusParts { console, started })
     }
 
     /// Makes a machine for a saved state, with its memory and its console but without processors and devices.
@@ -199,13 +202,15 @@ impl Machine {
             Console::from_state(&state.serial, irq, sink)
                 .map_err(|error| MachineError::Host("restoring the console", error))
         };
-        let mut machine = Self::with_memory(kvm, state.shape, ram, poller, BusParts { console, started })?;
+        let model = CpuSource::Saved(state.cpuid().ok_or(MachineError::NoProcessor)?);
+        let parts = BusParts { console, started };
+        let mut machine = Self::with_memory((kvm, model), state.shape, ram, poller, parts)?;
         machine.fresh_from_snapshot = true;
         Ok(machine)
     }
 
     fn with_memory(
-        kvm: &Kvm,
+        (kvm, model): (&Kvm, CpuSource<'_>),
         shape: MachineShape,
         ram: GuestRam,
         poller: Arc<Poller>,
@@ -219,7 +224,7 @@ impl Machine {
         let vm = Arc::new(create_vm(kvm, &ram)?);
         let slots = Slots::new(vm.clone(), ram.mem().clone(), poller.clone(), shape.slots);
         let bus = Arc::new(new_bus(&vm, &poller, slots, parts)?);
-        let processors = Processors::new(kvm, vm.clone(), bus.clone(), shape.max_processors)?;
+        let processors = Processors::new(kvm, vm.clone(), bus.clone(), (shape.max_processors, model))?;
         let shares = Arc::default();
         Ok(Self { processors, bus, poller, vm, ram, shape, shares, input: None, fresh_from_snapshot: false })
     }

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::MachineBus;
@@ -39,6 +40,16 @@ pub enum ProcessorError {
     Cpuid(#[source] kvm_ioctls::Error),
 }
 
+/// Where the model of a machine's processors comes from.
+#[derive(Clone, Copy)]
+pub(super) enum CpuSource<'a> {
+    /// All that the host's KVM offers.
+    Host,
+    /// The CPUID of a processor that was saved: one that is added later must not differ from those that the
+    /// guest knows, whatever the host's KVM has learnt since.
+    Saved(&'a [kvm_cpuid_entry2]),
+}
+
 /// The machine's processors: those that exist, of those that may.
 pub struct Processors {
     threads: Vec<VcpuThread>,
@@ -54,13 +65,16 @@ impl Processors {
         kvm: &Kvm,
         vm: Arc<VmFd>,
         bus: Arc<MachineBus>,
-        max: u8,
+        (max, model): (u8, CpuSource<'_>),
     ) -> Result<Self, ProcessorError> {
         let limit = kvm.get_max_vcpus().min(usize::from(MAX_PROCESSORS));
         if max == 0 || usize::from(max) > limit {
             return Err(ProcessorError::Count { wanted: usize::from(max), max: limit });
         }
-        let template = CpuTemplate::of_host(kvm).map_err(ProcessorError::Cpuid)?;
+        let template = match model {
+            CpuSource::Host => CpuTemplate::of_host(kvm).map_err(ProcessorError::Cpuid)?,
+            CpuSource::Saved(entries) => CpuTemplate::of_saved(entries),
+        };
         Ok(Self { threads: Vec::new(), running: false, vm, bus, template, max })
     }
 
@@ -111,32 +125,33 @@ impl Processors {
         Ok(())
     }
 
-    /// Adds a processor that was set up by `prepare`.
+    /// Adds a processor that `prepare` sets up, CPUID and all.
     ///
     /// # Errors
-    /// When the host refuses or `prepare` does.
+    /// When the machine was not made for as many, or the host or `prepare` refuses.
     pub fn add_with<E: From<ProcessorError>>(
         &mut self,
         id: u8,
         prepare: impl FnOnce(&VcpuFd) -> Result<(), E>,
     ) -> Result<(), E> {
+        if id >= self.max {
+            return Err(
+                ProcessorError::Count { wanted: usize::from(id) + 1, max: usize::from(self.max) }.into()
+            );
+        }
         let vcpu = self.create(id)?;
         prepare(&vcpu)?;
         Ok(self.start(id, vcpu)?)
     }
 
     fn create(&self, id: u8) -> Result<VcpuFd, ProcessorError> {
-        let vcpu = self.vm.create_vcpu(u64::from(id)).map_err(|source| VcpuError::Kvm {
-            id,
-            what: "creating it",
-            source,
-        })?;
-        let cpuid = self.template.for_vcpu(id, self.max).map_err(|_| VcpuError::Cpuid { id })?;
-        vcpu.set_cpuid2(&cpuid).map_err(|source| VcpuError::Kvm { id, what: "setting CPUID", source })?;
-        Ok(vcpu)
+        let failed = |source| VcpuError::Kvm { id, what: "creating it", source };
+        Ok(self.vm.create_vcpu(u64::from(id)).map_err(failed)?)
     }
 
     fn as_firmware_leaves_it(&self, vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
+        let cpuid = self.template.for_vcpu(id, self.max).map_err(|_| VcpuError::Cpuid { id })?;
+        vcpu.set_cpuid2(&cpuid).map_err(|source| VcpuError::Kvm { id, what: "setting CPUID", source })?;
         if let Some(states) = self.template.xsave_states() {
             registers::enable_states(vcpu, id, states)?;
         }

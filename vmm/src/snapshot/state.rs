@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +57,11 @@ impl MachineState {
             serial: machine.bus().console().save(),
             slots,
         })
+    }
+
+    /// CPUID of the first processor.
+    pub(crate) fn cpuid(&self) -> Option<&[kvm_cpuid_entry2]> {
+        self.vcpus.first().map(VcpuState::cpuid)
     }
 
     /// Refuses a snapshot from another kind of processor: its guest has adapted itself to that one.

@@ -67,6 +67,10 @@ impl VcpuState {
         Ok(Self { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events })
     }
 
+    pub(super) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+
     /// Puts the state into a new processor, in the order in which each part finds what it depends on.
     pub(super) fn restore(&self, vcpu: &VcpuFd) -> Result<(), SnapshotError> {
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| SnapshotError::Table("CPUID"))?;

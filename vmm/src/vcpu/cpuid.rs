@@ -68,6 +68,13 @@ impl CpuTemplate {
         })
     }
 
+    /// What a processor that was saved had.
+    #[must_use]
+    pub fn of_saved(entries: &[kvm_cpuid_entry2]) -> Self {
+        // Whoever made it has added the timer to its leaf 1.
+        Self { entries: entries.to_vec(), tsc_deadline: false }
+    }
+
     /// All states that XSAVE can save here, as XCR0 names them; `None` without XSAVE.
     #[must_use]
     pub fn xsave_states(&self) -> Option<u64> {
@@ -230,6 +237,17 @@ mod tests {
         assert_eq!(find(&table, 0x8000_0001, 0).ecx & CMP_LEGACY, 0);
         assert_ne!(find(&table, 1, 0).ecx & HYPERVISOR, 0);
         assert_ne!(find(&table, 1, 0).ecx & TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn a_processor_like_a_saved_one_differs_only_by_where_it_sits() {
+        let template = template(&[0, 1, 0xb, 0xd, 0x4000_0001, 0x8000_001e]);
+        let saved = template.for_vcpu(0, 4).unwrap();
+        let like_saved = CpuTemplate::of_saved(saved.as_slice());
+        for id in 0..4 {
+            let (expected, got) = (template.for_vcpu(id, 4).unwrap(), like_saved.for_vcpu(id, 4).unwrap());
+            assert_eq!(expected.as_slice(), got.as_slice());
+        }
     }
 
     #[test]

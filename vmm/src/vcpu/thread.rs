@@ -104,7 +104,8 @@ impl VcpuThread {
     /// # Errors
     /// When its thread is gone.
     pub fn resume(&self) -> Result<(), VcpuCommandError> {
-        self.send(Command::Resume)
+        // A processor at rest waits for commands; one that runs has nothing to do.
+        self.queue(Command::Resume)
     }
 
     /// Runs `f` on the processor's own thread, where KVM answers fastest, and returns its result. The
@@ -124,8 +125,12 @@ impl VcpuThread {
         receiver.recv().map_err(|_| VcpuCommandError { id: self.id })
     }
 
+    fn queue(&self, command: Command) -> Result<(), VcpuCommandError> {
+        self.commands.send(command).map_err(|_| VcpuCommandError { id: self.id })
+    }
+
     fn send(&self, command: Command) -> Result<(), VcpuCommandError> {
-        self.commands.send(command).map_err(|_| VcpuCommandError { id: self.id })?;
+        self.queue(command)?;
         if let Some(thread) = &self.thread {
             // A thread that has just ended has dropped its receiver, which the caller learns from its reply.
             let _ = thread.kill(kick::signal());
