@@ -1,6 +1,7 @@
 //! The measurements, where there is a real KVM.
 
 use std::{
+    fmt,
     fs::{self, File},
     io::{self, Write},
     net::TcpListener,
@@ -18,6 +19,7 @@ use super::{
     guest,
     machine::{Guest, Running, Vmm},
     report::Figures,
+    share::Share,
     vsock,
 };
 
@@ -42,9 +44,27 @@ pub(crate) struct InsideArgs {
     /// Measure everything so many times.
     #[arg(long)]
     runs: usize,
-    /// Only starts and memory.
-    #[arg(long)]
-    quick: bool,
+    /// Measure only these.
+    #[arg(long, value_enum)]
+    only: Vec<Part>,
+}
+
+/// A part of the measurements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Part {
+    /// Spawn to init, the jail, memory.
+    Starts,
+    /// Saving and restoring.
+    Snapshots,
+    /// Block, network, shared directory and vsock: throughput and latency.
+    Throughput,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = clap::ValueEnum::to_possible_value(self);
+        f.write_str(value.as_ref().map_or("", |value| value.get_name()))
+    }
 }
 
 /// Measures everything.
@@ -62,8 +82,14 @@ pub(crate) fn run(args: &InsideArgs) -> Result<ExitCode> {
     let instructions = command_line.contains("caisson.icount");
     let mut figures = Figures { runs: args.runs, instructions, ..Figures::default() };
     let bench = Bench { directory: local.path(), runs: args.runs };
-    bench.starts(&mut figures)?;
-    if !args.quick {
+    let wanted = |part| args.only.is_empty() || args.only.contains(&part);
+    if wanted(Part::Starts) {
+        bench.starts(&mut figures)?;
+    }
+    if wanted(Part::Snapshots) {
+        bench.snapshots(&mut figures)?;
+    }
+    if wanted(Part::Throughput) {
         bench.throughput(&mut figures)?;
     }
     let results = serde_json::to_string(&figures).context("formatting the results")?;
@@ -81,18 +107,19 @@ pub(super) struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn file(&self, name: &str, contents: &[u8]) -> Result<PathBuf> {
+    pub(super) fn file(&self, name: &str, contents: &[u8]) -> Result<PathBuf> {
         let path = self.directory.join(name);
         fs::write(&path, contents).with_context(|| format!("writing {name}"))?;
         Ok(path)
     }
 
-    fn guest(&self, kernel: PathBuf, initramfs: PathBuf) -> Guest<'_> {
+    pub(super) fn guest(&self, kernel: PathBuf, initramfs: PathBuf) -> Guest<'_> {
         Guest {
             directory: self.directory,
             kernel,
             initramfs,
             disk: None,
+            share: None,
             tap: None,
             vsock: None,
             jailed: false,
@@ -131,8 +158,7 @@ impl Bench<'_> {
             let own = figures.get("spawn_to_entry_minstr", name).unwrap_or_default();
             figures.add("kernel_minstr", name, vec![whole - own]);
         }
-        self.jail(&entered, figures)?;
-        self.snapshots(&whole, figures)
+        self.jail(&entered, figures)
     }
 
     /// What the jail adds to a start.
@@ -152,7 +178,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Block, network and vsock: how much in how long.
+    /// Block, network, shared directory and vsock: how much in how long.
     fn throughput(&self, figures: &mut Figures) -> Result<()> {
         let disk = self.file("disk", &[])?;
         for vmm in Vmm::ALL {
@@ -170,6 +196,7 @@ impl Bench<'_> {
                 let server = Server::start()?;
                 let mut guest = self.guest(self.directory.join("vmlinux"), initramfs.clone());
                 guest.disk = Some(disk.clone());
+                guest.share = Some(Share::make(self.directory, DISK)?);
                 guest.tap = Some(tap.as_raw_fd());
                 if vsock {
                     let socket = self.directory.join("vsock");
@@ -216,13 +243,18 @@ impl Amount {
 }
 
 /// The figures in the order of the script's steps: name, step, amount.
-const FIGURES: [(&str, &str, Amount); 9] = [
+const FIGURES: [(&str, &str, Amount); 14] = [
     ("block_read_mib_s", "block-read", Amount::Mebibytes(DISK)),
     ("block_write_mib_s", "block-write", Amount::Mebibytes(DISK / 2)),
     ("block_read_4k_us", "block-latency", Amount::Requests(REQUESTS)),
     ("net_receive_mib_s", "net-receive", Amount::Mebibytes(STREAM as u64)),
     ("net_send_mib_s", "net-send", Amount::Mebibytes(STREAM as u64)),
     ("net_round_trip_us", "net-latency", Amount::Requests(REQUESTS)),
+    ("fs_read_mib_s", "fs-read", Amount::Mebibytes(DISK)),
+    ("fs_write_mib_s", "fs-write", Amount::Mebibytes(DISK / 2)),
+    ("fs_read_4k_us", "fs-read-latency", Amount::Requests(REQUESTS)),
+    ("fs_write_4k_us", "fs-write-latency", Amount::Requests(REQUESTS)),
+    ("fs_create_us", "fs-create", Amount::Requests(REQUESTS)),
     ("vsock_receive_mib_s", "vsock-receive", Amount::Mebibytes(STREAM as u64)),
     ("vsock_send_mib_s", "vsock-send", Amount::Mebibytes(STREAM as u64)),
     ("vsock_latency_us", "vsock-latency", Amount::Requests(REQUESTS)),
@@ -243,6 +275,13 @@ step block-latency dd if=/dev/vda of=/dev/null bs=4k count=200 iflag=direct; ech
 step net-receive nc 10.91.0.1 7001; echo net-receive-
 step net-send send; echo net-send-
 step net-latency ping -A -q -c 200 10.91.0.1; echo net-latency-
+mkdir /share; mount -t virtiofs share /share 2>/dev/null || mount -t ext4 /dev/vdb /share || echo failed: share
+create() { for i in $(seq 200); do : > /share/file$i || return; done; }
+step fs-read dd if=/share/data of=/dev/null bs=1M count=32 iflag=direct; echo fs-read-
+step fs-write dd if=/dev/zero of=/share/new bs=1M count=16 oflag=direct conv=fsync; echo fs-write-
+step fs-read-latency dd if=/share/data of=/dev/null bs=4k count=200 iflag=direct; echo fs-read-latency-
+step fs-write-latency dd if=/dev/zero of=/share/new bs=4k count=200 oflag=direct conv=notrunc; echo fs-write-latency-
+step fs-create create; echo fs-create-
 ";
 
 /// Follows when there is a vsock device.

@@ -17,6 +17,7 @@ use super::{
     guest::MARK,
     memory::{self, Memory},
     report::{CAISSON, QEMU},
+    share::{self, Share},
     vsock::GUEST_CID,
 };
 
@@ -54,6 +55,8 @@ pub(super) struct Guest<'a> {
     pub(super) initramfs: PathBuf,
     /// A disk.
     pub(super) disk: Option<PathBuf>,
+    /// A directory that our VMM shares and a disk with the same content for QEMU, see [`share`](super::share).
+    pub(super) share: Option<Share>,
     /// An attached tap device, as an inheritable descriptor.
     pub(super) tap: Option<i32>,
     /// A vsock device; where our own VMM's unix sockets are.
@@ -128,6 +131,10 @@ impl Guest<'_> {
         if let Some(disk) = &self.disk {
             devices.push(serde_json::json!({ "block": { "files": [disk] } }));
         }
+        if let Some(share) = &self.share {
+            let options = serde_json::json!({ "tag": share::TAG });
+            devices.push(serde_json::json!({ "fs": { "directory": share.directory, "options": options } }));
+        }
         if let Some(tap) = self.tap {
             let options = serde_json::json!({ "mac": GUEST_MAC });
             devices.push(serde_json::json!({ "net": { "tap": format!("fd:{tap}"), "options": options } }));
@@ -161,10 +168,13 @@ impl Guest<'_> {
         command.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
         command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initramfs);
         command.args(["-append", COMMAND_LINE]);
-        if let Some(disk) = &self.disk {
-            let file = disk.display();
-            command.arg("-drive").arg(format!("if=none,id=disk,format=raw,discard=unmap,file={file}"));
-            command.args(["-device", "virtio-blk-device,drive=disk"]);
+        let share = self.share.as_ref().map(|share| &share.image);
+        for (id, disk) in [("disk", self.disk.as_ref()), ("share", share)] {
+            if let Some(file) = disk {
+                let file = file.display();
+                command.arg("-drive").arg(format!("if=none,id={id},format=raw,discard=unmap,file={file}"));
+                command.arg("-device").arg(format!("virtio-blk-device,drive={id}"));
+            }
         }
         if let Some(tap) = self.tap {
             command.arg("-netdev").arg(format!("tap,id=net,fd={tap}"));

@@ -7,6 +7,7 @@
 //! | [`inside`] | the testbed's half: the measurements, each a median |
 //! | [`machine`] | starting Caisson or QEMU on the same guest, and timing what it says on its console |
 //! | [`guest`] | the guests: an init of a few instructions, a kernel that stops at its entry, a small system |
+//! | [`share`] | a directory that a guest works in |
 //! | [`snapshot`] | saving and restoring |
 //! | [`vsock`] | streams over vsock: the guest's and the host's ends |
 //! | [`control`] | the control connection of a machine |
@@ -25,6 +26,7 @@ mod machine;
 mod memory;
 pub(crate) mod pod;
 mod report;
+mod share;
 mod snapshot;
 pub(crate) mod vsock;
 
@@ -65,9 +67,9 @@ pub(crate) struct BenchArgs {
     /// Measure everything so many times and take the median.
     #[arg(long, default_value_t = 5)]
     runs: usize,
-    /// Only starts and memory: no throughput.
-    #[arg(long)]
-    quick: bool,
+    /// Measure only these; may be given several times.
+    #[arg(long, value_enum, value_name = "PART")]
+    only: Vec<inside::Part>,
     /// Measure another kernel than the workspace's.
     #[arg(long)]
     kernel: Option<PathBuf>,
@@ -104,9 +106,7 @@ pub(crate) fn vmm(host: &Host, args: &BenchArgs) -> Result<ExitCode> {
     let mut command =
         vec![directory.join("xtask").display().to_string(), "bench".to_owned(), "inside".to_owned()];
     command.extend([format!("--directory={}", directory.display()), format!("--runs={}", args.runs)]);
-    if args.quick {
-        command.push("--quick".to_owned());
-    }
+    command.extend(args.only.iter().map(|part| format!("--only={part}")));
     let machine = MachineArgs {
         variant: Variant::Trixie,
         cpus: 1,

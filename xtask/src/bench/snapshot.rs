@@ -7,15 +7,18 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::{
+    guest,
     inside::{Bench, as_f64},
-    machine::{Guest, Vmm},
+    machine::Vmm,
     report::Figures,
 };
 
 impl Bench<'_> {
     /// Saves the guest once it has reached its init, and restores it.
-    pub(super) fn snapshots(&self, whole: &Guest<'_>, figures: &mut Figures) -> Result<()> {
+    pub(super) fn snapshots(&self, figures: &mut Figures) -> Result<()> {
         let name = Vmm::Caisson.name();
+        let initramfs = self.file("small.cpio", &guest::minimal_initramfs()?)?;
+        let whole = self.guest(self.directory.join("vmlinux"), initramfs);
         eprintln!("==> snapshots of {name}");
         let (state, memory) = (self.directory.join("state"), self.directory.join("memory"));
         let (mut create, mut restore, mut resident) = (Vec::new(), Vec::new(), Vec::new());
