@@ -1,13 +1,9 @@
 //! Network interfaces of this machine that guests are tied to.
 
-use std::{
-    fs::File,
-    os::fd::{AsRawFd, OwnedFd},
-    process::Command,
-};
+use std::{os::fd::OwnedFd, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use nix::libc;
+use caisson_vmm::devices::net::Tap;
 
 /// Runs `ip` with these words.
 ///
@@ -46,32 +42,10 @@ impl Drop for NamedTap {
     }
 }
 
-/// TUNSETIFF of linux/if_tun.h, whose number names another type than what it takes.
-#[allow(missing_docs, reason = "nix's macro leaves no place for them")]
-mod ioctl {
-    use nix::libc;
-
-    nix::ioctl_write_ptr_bad!(
-        set_interface,
-        nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
-        libc::ifreq
-    );
-}
-
 /// A tap device that is gone with its descriptor.
 ///
 /// # Errors
 /// When there is one of this name, or no `/dev/net/tun`.
 pub fn tap(name: &str) -> Result<OwnedFd> {
-    let file = File::options().read(true).write(true).open("/dev/net/tun").context("opening /dev/net/tun")?;
-    // SAFETY: an ifreq is plain data.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = libc::c_char::from_ne_bytes([from]);
-    }
-    request.ifr_ifru.ifru_flags =
-        libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)?;
-    // SAFETY: the kernel reads one ifreq.
-    unsafe { ioctl::set_interface(file.as_raw_fd(), &request) }.context("making a tap device")?;
-    Ok(file.into())
+    Tap::make(name.as_ref()).context("making a tap device")
 }

@@ -93,6 +93,18 @@ impl Tap {
     /// it.
     pub fn attach(name: &OsStr) -> io::Result<OwnedFd> {
         nix::net::if_::if_nametoindex(name).map_err(|_| io::ErrorKind::NotFound)?;
+        Self::open(name, 0)
+    }
+
+    /// Makes a tap device, which is gone with the last copy of its descriptor.
+    ///
+    /// # Errors
+    /// The kernel's, such as that there is one of this name.
+    pub fn make(name: &OsStr) -> io::Result<OwnedFd> {
+        Self::open(name, libc::IFF_TUN_EXCL)
+    }
+
+    fn open(name: &OsStr, more: libc::c_int) -> io::Result<OwnedFd> {
         let file = File::options().read(true).write(true).open("/dev/net/tun")?;
         // SAFETY: an ifreq is plain data.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -101,8 +113,9 @@ impl Tap {
         for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
             *to = libc::c_char::from_ne_bytes([*from]);
         }
-        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or_default();
+        // The field is signed, and IFF_TUN_EXCL its highest bit.
+        let [low, high, ..] = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more).to_le_bytes();
+        request.ifr_ifru.ifru_flags = libc::c_short::from_le_bytes([low, high]);
         // SAFETY: the kernel reads one ifreq.
         unsafe { ioctl::set_interface(file.as_raw_fd(), &request) }?;
         Ok(file.into())

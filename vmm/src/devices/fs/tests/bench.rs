@@ -4,19 +4,23 @@ use std::{
     fs::File,
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Barrier},
 };
 
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::*;
-use crate::virtio::mock::{Buffer, CountingInterrupt, MockQueue};
+use crate::{
+    seccomp,
+    virtio::mock::{Buffer, CountingInterrupt, MockQueue},
+};
 
 pub(super) const REQUEST: u64 = 0x2_0000;
 pub(super) const REPLY: u64 = 0x20_0000;
 const MEMORY: usize = 4 << 20;
 pub(super) const QUEUE: u16 = 64;
+const WORKERS: usize = 2;
 /// The root's node id.
 pub(super) const ROOT: u64 = 1;
 
@@ -65,7 +69,7 @@ impl Bench {
 
     pub(super) fn unmounted(config: FsConfig) -> Self {
         let dir = TempDir::new().unwrap();
-        let fs = Fs::new(config, directory(dir.path()), workers(2)).unwrap();
+        let fs = Fs::new(config, directory(dir.path()), workers(WORKERS)).unwrap();
         let mem: GuestMem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
         let queues = [MockQueue::new(&mem, 0, QUEUE), MockQueue::new(&mem, 0x4000, QUEUE)];
         let interrupt = CountingInterrupt::new();
@@ -83,6 +87,20 @@ impl Bench {
     pub(super) fn init(&mut self) -> Answer {
         // 7.31, read ahead 128 KiB, everything offered.
         self.call(26, 0, &words(&[7, 31, 128 << 10, u32::MAX, u32::MAX, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]))
+    }
+
+    /// Has every worker killed, and the test with it, by a call that its filter does not let pass.
+    pub(super) fn filter_workers(&self) {
+        // Neither worker takes a second job before the other has its own.
+        let barrier = Arc::new(Barrier::new(WORKERS + 1));
+        for _ in 0..WORKERS {
+            let barrier = barrier.clone();
+            self.fs.workers.submit(Box::new(move || {
+                seccomp::apply(seccomp::Thread::Fs, seccomp::Mode::Kill).unwrap();
+                barrier.wait();
+            }));
+        }
+        barrier.wait();
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {

@@ -3,7 +3,6 @@
 use std::{fs, os::unix::fs::MetadataExt, time::Duration};
 
 use super::{super::*, bench::*};
-use crate::seccomp;
 
 const OPEN_KEEP_CACHE: u32 = 2;
 
@@ -136,15 +135,7 @@ fn a_read_only_share_has_none_of_it() {
 #[test]
 fn their_calls_pass_the_filter() {
     let mut bench = Bench::new();
-    let barrier = Arc::new(std::sync::Barrier::new(3));
-    for _ in 0..2 {
-        let barrier = barrier.clone();
-        bench.fs.workers.submit(Box::new(move || {
-            seccomp::apply(seccomp::Thread::Fs, seccomp::Mode::Kill).unwrap();
-            barrier.wait();
-        }));
-    }
-    barrier.wait();
+    bench.filter_workers();
     let (from, to) = two_files(&mut bench);
     bench.call(47, from.0, &copy_in((from.1, 0), to, 9, 0)).unwrap();
     unnamed(&mut bench, ROOT, 0).unwrap();

@@ -7,7 +7,6 @@ use std::{
 };
 
 use super::{super::*, bench::*};
-use crate::seccomp;
 
 #[test]
 fn tells_its_tag_and_its_queues() {
@@ -382,16 +381,7 @@ fn is_saved_only_while_not_mounted() {
 #[test]
 fn its_filter_lets_pass_what_a_worker_does() {
     let mut bench = Bench::new();
-    // Both workers: neither takes a second job before the other has its own.
-    let barrier = Arc::new(std::sync::Barrier::new(3));
-    for _ in 0..2 {
-        let barrier = barrier.clone();
-        bench.fs.workers.submit(Box::new(move || {
-            seccomp::apply(seccomp::Thread::Fs, seccomp::Mode::Kill).unwrap();
-            barrier.wait();
-        }));
-    }
-    barrier.wait();
+    bench.filter_workers();
     bench.caller = (bench.caller.0 + 1, bench.caller.1 + 1);
     let _ = bench.create("other", 0o600, 0);
     bench.caller = own();
