@@ -131,6 +131,106 @@ fn a_share_passes_fsx_for_long() -> Result<()> {
     both(&Script { text: &text, programs: &programs, patience, ..Script::default() }, none)
 }
 
+/// Those stressors of stress-ng that are about files.
+const STRESSORS: &[&str] = &[
+    "access",
+    "acl",
+    "chattr",
+    "chdir",
+    "chmod",
+    "chown",
+    "copy-file",
+    "dentry",
+    "dir",
+    "dirdeep",
+    "dirmany",
+    "fallocate",
+    "fcntl",
+    "fiemap",
+    "file-ioctl",
+    "filename",
+    "flock",
+    "fpunch",
+    "fsize",
+    "fstat",
+    "getdent",
+    "hdd",
+    "inode-flags",
+    "inotify",
+    "io",
+    "iomix",
+    "lease",
+    "link",
+    "locka",
+    "lockf",
+    "lockmix",
+    "lockofd",
+    "metamix",
+    "mknod",
+    "mmap",
+    "mmapfork",
+    "open",
+    "readahead",
+    "rename",
+    "revio",
+    "seek",
+    "sendfile",
+    "splice",
+    "symlink",
+    "sync-file",
+    "touch",
+    "unlink",
+    "utime",
+    "vm-splice",
+    "xattr",
+];
+
+/// A few of them, one for each kind of thing that a share does, and none that makes thousands of files before it
+/// looks at the time.
+const FEW: &[&str] = &["acl", "dentry", "fallocate", "getdent", "lockf", "mmap", "rename", "xattr"];
+
+/// Runs each for so many seconds.
+fn stress(stressors: &[&str], seconds: u32) -> String {
+    format!(
+        "
+mkdir -p $DIR/stress
+cd $DIR/stress
+for name in {}; do
+  timeout -s KILL {} $BIN/stress-ng --$name 1 --timeout {seconds} --verify --temp-path $DIR/stress \\
+    --hdd-bytes 4m --iomix-bytes 4m --fallocate-bytes 8m --readahead-bytes 4m --revio-bytes 4m --seek-size 4m \\
+    --sync-file-bytes 4m --mmap-file --mmap-bytes 4m --sendfile-size 1m --dentries 64 \\
+    > $TMPDIR/log 2>&1
+  case $? in
+    0) echo $name ok;;
+    3|4) echo $name skipped;;
+    *) echo $name FAILED; tail -n 12 $TMPDIR/log | sed 's/^/ /';;
+  esac
+  rm -rf $DIR/stress/*
+done",
+        stressors.join(" "),
+        // Some look at the time only after thousands of files.
+        10 * seconds + 60,
+    )
+}
+
+fn stress_ng() -> [(PathBuf, &'static str); 1] {
+    [("/usr/bin/stress-ng".into(), "stress-ng")]
+}
+
+#[test]
+fn a_share_stands_stress() -> Result<()> {
+    let text = stress(FEW, 1);
+    both(&Script { text: &text, programs: &stress_ng(), ..Script::default() }, none)
+}
+
+#[test]
+#[ignore = "a soak"]
+fn a_share_stands_all_stress() -> Result<()> {
+    let text = stress(STRESSORS, 10);
+    let patience = Duration::from_secs(2 * 3600);
+    both(&Script { text: &text, programs: &stress_ng(), patience, ..Script::default() }, none)
+}
+
 /// A guest that writes more than its jail lets it gets an error, and costs the machine nothing.
 #[test]
 fn a_file_grows_as_long_as_the_jail_lets_it() -> Result<()> {
