@@ -38,13 +38,6 @@ const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 /// own time, unless it counts instructions.
 const SILENCE: Duration = Duration::from_secs(150);
 
-/// How long a machine may say nothing before it is interrupted, again and again until it is taken for lost.
-///
-/// QEMU before 10.2 loses an interrupt now and then: its emulation of VMRUN changes the set of requested interrupts
-/// without the lock under which the timer's thread adds to it. When that is the timer's interrupt, a machine that
-/// waits for nothing else stands still; any other interrupt makes it look at all that are pending, and go on.
-const STANDSTILL: Duration = Duration::from_secs(25);
-
 /// A directory of the host that the machine sees.
 #[derive(Clone, Debug)]
 pub(crate) struct Share {
@@ -192,20 +185,11 @@ impl Machine {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?;
         writeln!(self.control, "go {}", now.as_secs()).context("telling the testbed to go")?;
         let limit = limit.unwrap_or(FOREVER);
-        let (started, mut heard) = (Instant::now(), Instant::now());
-        let mut interrupted = 0;
+        let started = Instant::now();
         loop {
             let rest = limit.saturating_sub(started.elapsed());
-            match self.events.recv_timeout(rest.min(self.patience).min(STANDSTILL)) {
-                Ok(Event::Alive) => {
-                    if interrupted > 0 {
-                        let silent = proc::clock(heard.elapsed());
-                        eprintln!(
-                            "==> testbed: stood still, and goes on after {silent} and {interrupted} interrupts"
-                        );
-                    }
-                    (heard, interrupted) = (Instant::now(), 0);
-                }
+            match self.events.recv_timeout(rest.min(self.patience)) {
+                Ok(Event::Alive) => {}
                 Ok(Event::Exit(code)) => {
                     self.end();
                     return Ok(code);
@@ -213,12 +197,6 @@ impl Machine {
                 Ok(event) => bail!("the testbed said {event:?} while its command ran"),
                 Err(RecvTimeoutError::Timeout) if started.elapsed() >= limit => {
                     return Err(TimedOut { limit }.into());
-                }
-                Err(RecvTimeoutError::Timeout) if self.patience == FOREVER => {}
-                Err(RecvTimeoutError::Timeout) if heard.elapsed() < self.patience => {
-                    // Nobody reads it: that it arrives is all that it is for.
-                    writeln!(self.control, "interrupt").context("interrupting the testbed")?;
-                    interrupted += 1;
                 }
                 Err(RecvTimeoutError::Timeout) => return Err(self.silent().into()),
                 Err(RecvTimeoutError::Disconnected) => {

@@ -65,7 +65,7 @@ pub(crate) struct MachineArgs {
     /// The Debian it is made of.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) variant: Variant,
-    /// Its processors. With more than one, a nested guest in ten gets an interrupt twice and hangs or dies.
+    /// Its processors.
     #[arg(long, default_value_t = 1)]
     pub(crate) cpus: u8,
     /// Its memory, in QEMU's notation.

@@ -56,6 +56,8 @@ impl Qemu {
         for firmware in ["share/qemu", "share/seabios"] {
             command.arg("-L").arg(usr.join(firmware));
         }
+        // Otherwise it goes by the name of what loads it.
+        command.args(["-name", "process=qemu-system-x86"]);
         command
     }
 }
