@@ -15,8 +15,11 @@ pub enum ExitReason {
     /// The guest's init or kernel gave up.
     #[error("the guest panicked")]
     Panic,
-    /// The guest's processor could not go on, which a kernel also uses as its last way to reset.
-    #[error("the guest's processor shut down (triple fault)")]
+    /// The guest's processor could not go on, which a kernel also uses as its last way to reset, after a panic
+    /// for example: what led to it is on its console.
+    #[error(
+        "the guest's processor shut down (triple fault), as it also does when a kernel resets after a panic"
+    )]
     TripleFault,
     /// KVM or the hardware could not go on.
     #[error("the machine failed: {0}")]

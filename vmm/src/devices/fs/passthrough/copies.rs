@@ -63,7 +63,7 @@ impl Passthrough {
         let entry = self.entry(&parent, fd)?;
         let inode = self.table.inode(entry.inode)?;
         match self.table.open(&inode, file.into(), appends(flags)) {
-            Ok(handle) => Ok((entry, handle, self.open_options(&inode))),
+            Ok(handle) => Ok((entry, handle, self.open_options(&inode, flags))),
             Err(error) => {
                 self.table.forget(entry.inode, 1);
                 Err(error)

@@ -188,15 +188,18 @@ impl Passthrough {
         }
     }
 
-    /// How the guest is to cache a file that it opens.
-    fn open_options(&self, inode: &Inode) -> OpenOptions {
+    /// How the guest is to cache a file that it opens, and whether it is to say when it closes it.
+    fn open_options(&self, inode: &Inode, flags: i32) -> OpenOptions {
         let unchanged = || sys::stat(inode.fd()).is_ok_and(|(stat, _)| inode.version.holds(&stat));
-        match self.cache {
+        let cache = match self.cache {
             CachePolicy::Never => OpenOptions::DIRECT_IO,
             CachePolicy::Auto if unchanged() => OpenOptions::KEEP_CACHE,
             CachePolicy::Auto => OpenOptions::empty(),
             CachePolicy::Always => OpenOptions::KEEP_CACHE,
-        }
+        };
+        // Whoever only reads has nothing to bring to the disk, and no error to learn of: a request less for
+        // every program that starts and every file that it reads.
+        if flags & libc::O_ACCMODE == libc::O_RDONLY { cache | sys::NO_FLUSH } else { cache }
     }
 
     /// The same for a directory, which has no pages that could go around a cache.
@@ -389,7 +392,7 @@ impl FileSystem for Passthrough {
         let _unprivileged = Unprivileged::new(fuse_flags & FOPEN_IN_KILL_SUIDGID != 0);
         let file = self.open_file(&inode, flags)?.into();
         let handle = self.table.open(&inode, file, appends(flags))?;
-        Ok((Some(handle), self.open_options(&inode), None))
+        Ok((Some(handle), self.open_options(&inode, flags), None))
     }
 
     fn create(
@@ -422,7 +425,7 @@ impl FileSystem for Passthrough {
         };
         let inode = self.table.inode(entry.inode)?;
         match file.and_then(|file| self.table.open(&inode, file.into(), appends(flags))) {
-            Ok(handle) => Ok((entry, Some(handle), self.open_options(&inode), None)),
+            Ok(handle) => Ok((entry, Some(handle), self.open_options(&inode, flags), None)),
             Err(error) => {
                 self.table.forget(entry.inode, 1);
                 Err(error)

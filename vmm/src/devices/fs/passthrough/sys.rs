@@ -1,5 +1,5 @@
 //! The system calls: each on a descriptor, or on one name in a directory that is one. The only unsafe code
-//! here.
+//! here, and so also the flag that the FUSE library has no name for.
 
 use std::{
     ffi::{CStr, CString},
@@ -10,7 +10,12 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
+use fuse_backend_rs::api::filesystem::OpenOptions;
 use libc::{c_int, mode_t, stat64, statvfs64};
+
+/// `FOPEN_NOFLUSH` (linux/fuse.h): no FLUSH when the file is closed. Kernels before 6.2 do not know it, and send it.
+// SAFETY: the type says which bits have names there; all are only ever handed on as a number.
+pub(super) const NO_FLUSH: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 5) };
 
 /// What a call returned, or errno.
 fn check(result: c_int) -> io::Result<c_int> {

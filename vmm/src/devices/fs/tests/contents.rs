@@ -185,3 +185,15 @@ fn cached_contents_are_kept_while_the_file_is_what_the_guest_was_told() {
     let reply = never.call(14, node, &words(&[0, 0])).unwrap();
     assert_eq!(word(&reply, 8) & 3, 1, "around the cache");
 }
+
+#[test]
+fn only_who_has_written_says_when_it_closes_a_file() {
+    const NO_FLUSH: u32 = 1 << 5;
+    let mut bench = Bench::new();
+    fs::write(bench.path("file"), "x").unwrap();
+    let node = bench.lookup(ROOT, "file").unwrap();
+    for (flags, expected) in [(libc::O_RDONLY, NO_FLUSH), (libc::O_WRONLY, 0), (libc::O_RDWR, 0)] {
+        let reply = bench.call(14, node, &words(&[flags.cast_unsigned(), 0])).unwrap();
+        assert_eq!(word(&reply, 8) & NO_FLUSH, expected, "{flags}");
+    }
+}
