@@ -6,7 +6,7 @@
 use std::{fs::File, os::fd::OwnedFd, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc};
 
 use caisson_vmm::devices::fs::{Fs, FsConfig, Workers};
-use caisson_vmm_fuzz::{Session, memory, play};
+use caisson_vmm_fuzz::{Session, limit_file_size, memory, play};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
@@ -16,11 +16,15 @@ fn open(path: &Path) -> OwnedFd {
 }
 
 thread_local! {
-    static WORKERS: Arc<Workers> = Workers::start(1, open(Path::new("/proc/self/fd"))).expect("a worker");
+    static WORKERS: Arc<Workers> = {
+        limit_file_size();
+        Workers::start(1, open(Path::new("/proc/self/fd"))).expect("a worker")
+    };
 }
 
 fuzz_target!(|session: Session| {
-    let dir = TempDir::new().expect("a directory");
+    // In memory: a driver may ask for everything to be brought to the disk.
+    let dir = TempDir::new_in("/dev/shm").expect("a directory");
     let config = FsConfig { tag: "fuzzed".into(), max_descriptors: 32, ..FsConfig::default() };
     let device = Fs::new(config, open(dir.path()), WORKERS.with(Arc::clone)).expect("a device");
     play(&session, &memory(), Box::new(device), &mut |what, bytes| {

@@ -1,8 +1,8 @@
 //! A driver that does whatever the fuzzer says, to a device behind its registers.
 //!
-//! The input is a [`Session`]: how the driver sets the device up, and what it does then. Besides panics, it finds
-//! a device that does not come to rest: each event is handled once, and a device that works on without end trips
-//! libFuzzer's timeout.
+//! The input is a [`Session`]: how the driver sets the device up, and what it does then. Besides panics, it
+//! finds a device that does not come to rest: each event is handled once, and a device that works on without
+//! end trips libFuzzer's timeout.
 
 use std::sync::{Arc, Mutex};
 
@@ -33,6 +33,14 @@ pub struct Session {
     /// Feature bits that the driver does without.
     refused: u64,
     steps: Vec<Step>,
+}
+
+impl Session {
+    /// A driver that takes all features, and does what it is told.
+    #[must_use]
+    pub fn of(steps: Vec<Step>) -> Self {
+        Self { refused: 0, steps }
+    }
 }
 
 /// One thing that the driver or the host does.
@@ -116,6 +124,14 @@ struct Driver {
 pub fn memory() -> GuestMem {
     let ranges = [(GuestAddress(0), usize::try_from(MEMORY).expect("a small number"))];
     Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("a megabyte"))
+}
+
+/// Has whatever would make a file longer than a megabyte fail in this process, so that no input fills a disk.
+pub fn limit_file_size() {
+    let limit = libc::rlimit { rlim_cur: 1 << 20, rlim_max: 1 << 20 };
+    // SAFETY: the structure is as the call wants it.
+    let result = unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) };
+    assert_eq!(result, 0, "limiting the size of files");
 }
 
 /// Plays a session against a device. `host` does what [`Step::Host`] says.
