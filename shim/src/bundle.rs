@@ -1,6 +1,8 @@
 //! Which pod a container belongs to.
 //!
 //! CRI says so by annotations in the bundle's `config.json`. A container without them is a pod of one.
+//!
+//! The file is read once for a container, and what is made of it handed on.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -8,6 +10,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::id::{Id, IdError};
 
@@ -63,12 +66,13 @@ pub enum BundleError {
     Sandbox(#[source] IdError),
 }
 
-/// The little of the runtime configuration that grouping and sizing need.
-#[derive(Debug, Default, Deserialize)]
+/// A container's runtime configuration.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Spec {
     /// The container's annotations.
-    #[serde(default)]
     pub annotations: HashMap<String, String>,
+    /// All of it.
+    pub config: Value,
 }
 
 impl Spec {
@@ -83,8 +87,17 @@ impl Spec {
         match read {
             Err(source) => Err(BundleError::Read { path, source }),
             Ok(length) if length as u64 > MAX_SPEC => Err(BundleError::TooLarge(path)),
-            Ok(_) => serde_json::from_slice(&text).map_err(|source| BundleError::Parse { path, source }),
+            Ok(_) => Spec::parse(&text).map_err(|source| BundleError::Parse { path, source }),
         }
+    }
+
+    fn parse(text: &[u8]) -> serde_json::Result<Spec> {
+        let config: Value = serde_json::from_slice(text)?;
+        let annotations = match config.get("annotations") {
+            Some(annotations) => Option::deserialize(annotations)?.unwrap_or_default(),
+            None => HashMap::new(),
+        };
+        Ok(Spec { annotations, config })
     }
 
     /// The container's place in its pod.
@@ -138,7 +151,10 @@ mod tests {
 
     #[test]
     fn says_what_is_wrong_with_the_file() {
-        assert!(matches!(read("{"), Err(BundleError::Parse { .. })));
+        for text in ["{", r#"{"annotations": 3}"#, r#"{"annotations": {"a": 1}}"#] {
+            assert!(matches!(read(text), Err(BundleError::Parse { .. })), "{text}");
+        }
+        assert_eq!(read(r#"{"annotations": null}"#).unwrap().role().unwrap(), Role::Alone);
         assert!(matches!(Spec::read(Path::new("/nonexistent")), Err(BundleError::Read { .. })));
         let huge = format!("{{{}}}", " ".repeat(MAX_SPEC.try_into().unwrap()));
         assert!(matches!(read(&huge), Err(BundleError::TooLarge(_))));

@@ -1,5 +1,6 @@
 //! The shim's log: lines for containerd's fifo, each with the pod's ids.
 
+use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -32,6 +33,18 @@ pub fn to_containerd(namespace: &Id, pod: &Id, debug: bool) {
     // Set once, here.
     let _ = tracing::subscriber::set_global_default(subscriber);
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim broke")));
+}
+
+/// An error and its causes, in one line.
+pub fn one_line(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
 }
 
 #[derive(Clone, Debug)]

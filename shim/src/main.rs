@@ -5,8 +5,9 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use caisson_shim::action::{self, delete, info, serve, start};
+use caisson_shim::action::{delete, info, serve, start};
 use caisson_shim::invocation::{Action, Invocation};
+use caisson_shim::log;
 
 fn main() -> ExitCode {
     let invocation = match Invocation::parse_from_go(std::env::args_os()) {
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // containerd reads this together with standard output, and shows it as the reason.
-            eprintln!("containerd-shim-caisson-v2: {}", action::one_line(&error));
+            eprintln!("containerd-shim-caisson-v2: {}", log::one_line(&error));
             ExitCode::FAILURE
         }
     }

@@ -12,7 +12,6 @@ pub mod info;
 pub mod serve;
 pub mod start;
 
-use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -76,18 +75,6 @@ pub enum ActionError {
 fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> ActionError {
     let action = action.into();
     move |source| ActionError::Io { action, source }
-}
-
-/// An error and its causes.
-pub fn one_line(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
 }
 
 /// Who a call is about.

@@ -39,7 +39,7 @@ pub fn run(invocation: &Invocation) -> Result<(), ActionError> {
         let _ = fs::remove_file(socket);
     }
     if let Err(error) = &served {
-        tracing::error!(error = super::one_line(error), "the shim can't go on");
+        tracing::error!(error = log::one_line(error), "the shim can't go on");
     }
     runtime.shutdown_timeout(LAST_WORDS);
     served

@@ -1,7 +1,6 @@
 //! A container of a pod, and what containerd can ask of it.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +16,7 @@ use super::process::{Exit, Process, Status};
 use super::sandbox::Sandbox;
 use super::spec::{self, Place};
 use crate::id::Id;
+use crate::log::one_line;
 use crate::share::Mount;
 use crate::streams::{Stdio, Streams};
 
@@ -68,15 +68,6 @@ struct Exec {
     spec: Arc<[u8]>,
 }
 
-/// Reads a bundle's `config.json`.
-///
-/// # Errors
-/// As read(2).
-pub fn read_spec(bundle: &Path) -> Result<Vec<u8>, PodError> {
-    let path = bundle.join("config.json");
-    fs::read(&path).map_err(|source| PodError::Io { action: "read", path, source })
-}
-
 impl Container {
     /// The pause container of a sandbox, which needs nothing made.
     pub fn pause(new: NewContainer, sandbox: Arc<Sandbox>) -> Container {
@@ -99,7 +90,7 @@ impl Container {
     pub async fn create(
         new: NewContainer,
         id: Id,
-        text: &[u8],
+        config: Value,
         member: bool,
         sandbox: Arc<Sandbox>,
     ) -> Result<Container, PodError> {
@@ -113,21 +104,22 @@ impl Container {
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
         };
-        let made = container.make(new, id, text, member).await;
+        let made = container.make(new, id, config, member).await;
         if made.is_err()
             && let Err(error) = container.remove().await
         {
-            tracing::error!(container = container.id, error = error.one_line(), "undo a container's making");
+            tracing::error!(container = container.id, error = one_line(&error), "undo a container's making");
         }
         made.map(|()| container)
     }
 
-    async fn make(&self, new: NewContainer, id: Id, text: &[u8], member: bool) -> Result<(), PodError> {
+    async fn make(&self, new: NewContainer, id: Id, config: Value, member: bool) -> Result<(), PodError> {
         let directory = self.sandbox.guest_path(id.as_str());
         let (root, shm) = (format!("{directory}/rootfs"), self.sandbox.guest_shm());
         let place = Place { member, root: &root, binds: &directory, shm: &shm, names: self.sandbox.names() };
-        let guest = spec::container(text, &place)?;
-        let rootfs = if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, text)?] } else { new.rootfs };
+        let rootfs =
+            if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, &config)] } else { new.rootfs };
+        let guest = spec::container(config, &place)?;
         let binds = guest.binds;
         self.sandbox
             .with_share(move |share, journal| {
@@ -425,13 +417,12 @@ impl Container {
 
 /// The root file system of a bundle that was not given mounts: the directory that `root.path` names, absolute or in
 /// the bundle.
-fn bundled_root(bundle: &Path, text: &[u8]) -> Result<Mount, PodError> {
-    let spec: Value = serde_json::from_slice(text).map_err(spec::SpecError::from)?;
-    let path = spec.pointer("/root/path").and_then(Value::as_str).unwrap_or("rootfs");
-    Ok(Mount {
+fn bundled_root(bundle: &Path, config: &Value) -> Mount {
+    let path = config.pointer("/root/path").and_then(Value::as_str).unwrap_or("rootfs");
+    Mount {
         kind: "bind".into(),
         source: bundle.join(path).to_string_lossy().into_owned(),
         target: String::new(),
         options: vec!["rbind".into(), "rw".into()],
-    })
+    }
 }

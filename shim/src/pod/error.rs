@@ -1,6 +1,5 @@
 //! Why the pod did not do what it was asked to.
 
-use std::error::Error as _;
 use std::io;
 use std::path::PathBuf;
 
@@ -128,17 +127,5 @@ impl PodError {
             | PodError::Io { .. }
             | PodError::Broken(_) => Code::Internal,
         }
-    }
-
-    /// The error and its causes in one line.
-    pub fn one_line(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            line.push_str(": ");
-            line.push_str(&error.to_string());
-            cause = error.source();
-        }
-        line
     }
 }

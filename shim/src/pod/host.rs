@@ -11,6 +11,7 @@ use super::{PodError, Settings};
 use crate::cgroup::{Cgroup, Layout};
 use crate::directory::{DirectoryError, PodDirectory};
 use crate::journal::{Journal, ProcessId, Resource};
+use crate::log::one_line;
 use crate::network::{self, Attached};
 use crate::share::{self, IdRange, Mount, Owners, Share};
 
@@ -58,7 +59,7 @@ impl HostSide {
             Ok(made) => Ok((host, made)),
             Err(error) => {
                 if let Err(left) = host.undo() {
-                    tracing::error!(error = PodError::from(left).one_line(), "something of the pod is left");
+                    tracing::error!(error = one_line(&PodError::from(left)), "something of the pod is left");
                 }
                 Err(error)
             }

@@ -33,6 +33,7 @@ use crate::bundle::{Role, Spec};
 use crate::config::Config;
 use crate::events::{Event, Events};
 use crate::id::Id;
+use crate::log::one_line;
 use crate::share::Mount;
 
 /// What a pod is known by and made with.
@@ -85,21 +86,23 @@ impl Pod {
     /// When it can't be made; nothing of it is left then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<u32, PodError> {
         let id: Id = new.id.parse().map_err(|error| PodError::Invalid(format!("id: {error}")))?;
-        let role = Spec::read(&new.bundle)?.role()?;
+        let spec = Spec::read(&new.bundle)?;
+        let role = spec.role()?;
         let claim = Claim::new(self, &new.id)?;
-        let text = container::read_spec(&new.bundle)?;
         let first = role != Role::Member(self.settings.id.clone());
         let sandbox = if first {
             if id != self.settings.id {
                 return Err(PodError::Invalid(format!("{id} does not belong to pod {}", self.settings.id)));
             }
-            self.bring_up(&text, new.rootfs.clone()).await?
+            self.bring_up(&spec, new.rootfs.clone()).await?
         } else {
             self.sandbox().await?
         };
         let made = match role {
             Role::Sandbox => Ok(Container::pause(new, sandbox.clone())),
-            Role::Alone | Role::Member(_) => Container::create(new, id, &text, !first, sandbox.clone()).await,
+            Role::Alone | Role::Member(_) => {
+                Container::create(new, id, spec.config, !first, sandbox.clone()).await
+            }
         };
         let container = match made {
             Ok(container) => Arc::new(container),
@@ -258,12 +261,12 @@ impl Pod {
         sandbox.ok_or_else(|| PodError::State(format!("pod {} is not up", self.settings.id)))
     }
 
-    async fn bring_up(&self, text: &[u8], rootfs: Vec<Mount>) -> Result<Arc<Sandbox>, PodError> {
+    async fn bring_up(&self, spec: &Spec, rootfs: Vec<Mount>) -> Result<Arc<Sandbox>, PodError> {
         let mut place = self.sandbox.lock().await;
         if place.is_some() {
             return Err(PodError::Exists(format!("pod {}", self.settings.id)));
         }
-        let sandbox = Arc::new(Sandbox::create(&self.settings, text, rootfs).await?);
+        let sandbox = Arc::new(Sandbox::create(&self.settings, spec, rootfs).await?);
         sandbox.report_memory_shortage(self.events.clone());
         *place = Some(sandbox.clone());
         Ok(sandbox)
@@ -274,7 +277,7 @@ impl Pod {
         if let Some(sandbox) = place.take()
             && let Err(error) = sandbox.destroy().await
         {
-            tracing::error!(error = error.one_line(), "something of the pod is left");
+            tracing::error!(error = one_line(&error), "something of the pod is left");
         }
     }
 

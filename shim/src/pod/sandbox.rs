@@ -13,6 +13,7 @@ use super::{Settings, spec};
 use crate::bundle::Spec;
 use crate::events::{Event, Events};
 use crate::journal::Journal;
+use crate::log::one_line;
 use crate::machine::{Machine, Plan, SHARE_TAG};
 use crate::share::{Mount, Share};
 
@@ -40,19 +41,18 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes all of it. `text` is the configuration of the pod's first container, `rootfs` its root file system.
+    /// Makes all of it. `first` is the configuration of the pod's first container, `rootfs` its root file system.
     ///
     /// # Errors
     /// When any of it fails; nothing of it is left then.
     pub async fn create(
         settings: &Arc<Settings>,
-        text: &[u8],
+        first: &Spec,
         rootfs: Vec<Mount>,
     ) -> Result<Sandbox, PodError> {
-        let wanted = spec::sandbox(text)?;
-        let annotations = serde_json::from_slice::<Spec>(text).map_err(spec::SpecError::from)?.annotations;
-        let config = settings.config.clone().for_pod(&annotations)?;
-        let size = config.sizing.size(&annotations)?;
+        let wanted = spec::sandbox(&first.config)?;
+        let config = settings.config.clone().for_pod(&first.annotations)?;
+        let size = config.sizing.size(&first.annotations)?;
         let (for_host, wanted_there) = (settings.clone(), wanted.clone());
         let (host, made) =
             tokio::task::spawn_blocking(move || HostSide::make(&for_host, &wanted_there, &rootfs)).await??;
@@ -92,7 +92,7 @@ impl Sandbox {
             }),
             Err(error) => {
                 if let Err(left) = undo(host).await {
-                    tracing::error!(error = left.one_line(), "something of the pod is left");
+                    tracing::error!(error = one_line(&left), "something of the pod is left");
                 }
                 Err(error)
             }

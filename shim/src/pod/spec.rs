@@ -15,9 +15,9 @@ use crate::share::Volume;
 /// Why a configuration can't be run in a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
-    /// Not JSON.
-    #[error("parse it")]
-    Parse(#[from] serde_json::Error),
+    /// It can't be written for the guest.
+    #[error("encode it")]
+    Encode(#[from] serde_json::Error),
     /// A member of another type than the specification says.
     #[error("{0}: not as the OCI runtime specification has it")]
     Malformed(String),
@@ -81,14 +81,8 @@ const HOST_NAMESPACES: [&str; 4] = ["network", "pid", "ipc", "uts"];
 ///
 /// # Errors
 /// When it asks for one of the host's namespaces.
-pub fn sandbox(text: &[u8]) -> Result<SandboxSpec, SpecError> {
-    let spec: Value = serde_json::from_slice(text)?;
-    let namespaces = namespaces(&spec)?;
-    for kind in HOST_NAMESPACES {
-        if !namespaces.iter().any(|namespace| namespace.kind == kind) {
-            return Err(SpecError::HostNamespace(kind));
-        }
-    }
+pub fn sandbox(spec: &Value) -> Result<SandboxSpec, SpecError> {
+    let namespaces = namespaces(spec.pointer("/linux/namespaces"))?;
     let network = namespaces.into_iter().find(|namespace| namespace.kind == "network");
     let string = |pointer: &str| spec.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
     let sysctls = spec.pointer("/linux/sysctl").and_then(Value::as_object).into_iter().flatten();
@@ -105,8 +99,7 @@ pub fn sandbox(text: &[u8]) -> Result<SandboxSpec, SpecError> {
 ///
 /// # Errors
 /// When it is malformed, or asks for one of the host's namespaces.
-pub fn container(text: &[u8], place: &Place<'_>) -> Result<GuestSpec, SpecError> {
-    let mut spec: Value = serde_json::from_slice(text)?;
+pub fn container(mut spec: Value, place: &Place<'_>) -> Result<GuestSpec, SpecError> {
     let object = spec.as_object_mut().ok_or_else(|| SpecError::Malformed("the whole".into()))?;
     let root = member(object, "root")?;
     root.insert("path".into(), json!(place.root));
@@ -155,25 +148,29 @@ struct Namespace {
     path: Option<String>,
 }
 
-fn namespaces(spec: &Value) -> Result<Vec<Namespace>, SpecError> {
+/// Reads `linux.namespaces`, which must hold all that would otherwise be the host's.
+fn namespaces(list: Option<&Value>) -> Result<Vec<Namespace>, SpecError> {
     let malformed = || SpecError::Malformed("linux.namespaces".into());
-    let Some(list) = spec.pointer("/linux/namespaces") else { return Ok(Vec::new()) };
+    let list = match list {
+        Some(list) => list.as_array().ok_or_else(malformed)?.as_slice(),
+        None => &[],
+    };
     let one = |entry: &Value| {
         let text = |key: &str| entry.get(key).and_then(Value::as_str).map(str::to_owned);
         let path = text("path").filter(|path| !path.is_empty());
         Some(Namespace { kind: text("type")?, path })
     };
-    list.as_array().ok_or_else(malformed)?.iter().map(|entry| one(entry).ok_or_else(malformed)).collect()
+    let found: Vec<_> =
+        list.iter().map(|entry| one(entry).ok_or_else(malformed)).collect::<Result<_, _>>()?;
+    match HOST_NAMESPACES.iter().find(|kind| !found.iter().any(|namespace| namespace.kind == **kind)) {
+        Some(missing) => Err(SpecError::HostNamespace(missing)),
+        None => Ok(found),
+    }
 }
 
 /// Namespaces by path are the pod's. A container that is a pod of its own has the pod's network, and new ones else.
 fn set_namespaces(linux: &mut Map<String, Value>, place: &Place<'_>) -> Result<(), SpecError> {
-    let found = namespaces(&json!({ "linux": linux }))?;
-    for kind in HOST_NAMESPACES {
-        if !found.iter().any(|namespace| namespace.kind == kind) {
-            return Err(SpecError::HostNamespace(kind));
-        }
-    }
+    let found = namespaces(linux.get("namespaces"))?;
     let ours = |namespace: Namespace| {
         let pods = match namespace.kind.as_str() {
             "network" => Some(&place.names.network_namespace),
@@ -237,7 +234,7 @@ mod tests {
     fn rewrite(spec: &Value, member: bool) -> Result<(Value, Vec<Bind>), SpecError> {
         let names = names();
         let place = Place { member, root: "/g/root", binds: "/g/c", shm: "/g/shm", names: &names };
-        let made = container(spec.to_string().as_bytes(), &place)?;
+        let made = container(spec.clone(), &place)?;
         Ok((serde_json::from_slice(&made.json).unwrap(), made.binds))
     }
 
@@ -276,8 +273,7 @@ mod tests {
             list.as_array_mut().unwrap().remove(index);
             let spec = json!({"linux": {"namespaces": list}});
             assert!(matches!(rewrite(&spec, true), Err(SpecError::HostNamespace(k)) if k == kind));
-            let text = spec.to_string();
-            assert!(matches!(sandbox(text.as_bytes()), Err(SpecError::HostNamespace(k)) if k == kind));
+            assert!(matches!(sandbox(&spec), Err(SpecError::HostNamespace(k)) if k == kind));
         }
     }
 
@@ -317,10 +313,16 @@ mod tests {
 
     #[test]
     fn nonsense_is_an_error() {
-        for text in ["[]", "{", r#"{"mounts": 3, "linux": {"namespaces": []}}"#, r#"{"linux": 1}"#] {
-            let names = names();
-            let place = Place { member: true, root: "", binds: "", shm: "", names: &names };
-            assert!(container(text.as_bytes(), &place).is_err(), "{text}");
+        let names = names();
+        let place = Place { member: true, root: "", binds: "", shm: "", names: &names };
+        for spec in [
+            json!([]),
+            json!({"mounts": 3, "linux": {"namespaces": all_namespaces()}}),
+            json!({"linux": 1}),
+            json!({"linux": {"namespaces": 1}}),
+            json!({"linux": {"namespaces": [{"path": "/"}]}}),
+        ] {
+            assert!(matches!(container(spec.clone(), &place), Err(SpecError::Malformed(_))), "{spec}");
         }
     }
 
@@ -328,7 +330,7 @@ mod tests {
     fn the_first_container_describes_the_sandbox() {
         let spec = json!({"hostname": "h", "linux": {"namespaces": all_namespaces(), "cgroupsPath": "/k/p",
                           "sysctl": {"net.core.somaxconn": "9"}}});
-        let sandbox = sandbox(spec.to_string().as_bytes()).unwrap();
+        let sandbox = sandbox(&spec).unwrap();
         assert_eq!(sandbox.hostname, "h");
         assert_eq!(sandbox.network_namespace, Some("/proc/7/ns/net".into()));
         assert_eq!(sandbox.sysctls, [("net.core.somaxconn".to_owned(), "9".to_owned())]);

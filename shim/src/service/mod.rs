@@ -17,6 +17,7 @@ use tonic::Code;
 use ttrpc::asynchronous::Service;
 
 use self::task::TaskService;
+use crate::log;
 use crate::pod::{Pod, PodError};
 
 /// The names under which the one task service is found: containerd 2, and before.
@@ -44,7 +45,7 @@ async fn detached<T: Send + 'static>(
 /// An error as containerd gets it: with its causes, and the code that says what kind it is.
 fn status(error: &PodError) -> ttrpc::Error {
     let code = ttrpc_code(error.code());
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, error.one_line()))
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, log::one_line(error)))
 }
 
 /// The codes of gRPC and ttrpc are the same; the types are not.
