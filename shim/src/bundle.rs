@@ -14,6 +14,9 @@ use serde_json::Value;
 
 use crate::id::{Id, IdError};
 
+/// The annotation that names a container among its pod's.
+const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
+
 /// The largest `config.json` that is read, in bytes.
 pub const MAX_SPEC: u64 = 8 << 20;
 
@@ -98,6 +101,11 @@ impl Spec {
             None => HashMap::new(),
         };
         Ok(Spec { annotations, config })
+    }
+
+    /// What the container is called in its pod, where its successors are called the same.
+    pub fn name(&self) -> Option<&str> {
+        self.annotations.get(CONTAINER_NAME).map(String::as_str)
     }
 
     /// The container's place in its pod.

@@ -3,11 +3,13 @@
 //! | module | does |
 //! |---|---|
 //! | `vmm` | starts the VMM's process in its jail, and tells it what to boot |
+//! | `resize` | makes a machine that runs larger or smaller |
 //! | `console` | the guest's console, and what the VMM says: kept for errors, logged for those who look |
 //!
 //! The machine's end is seen at once, by the process's descriptor (pidfd_open(2)), whatever brought it about.
 
 mod console;
+mod resize;
 mod vmm;
 
 use std::os::fd::OwnedFd;
@@ -29,7 +31,7 @@ use crate::config;
 use crate::journal::{Journal, JournalError};
 use crate::network::Card;
 use crate::share::IdRange;
-use crate::sizing::Size;
+use crate::sizing::Shape;
 
 /// How long a guest may take until its agent answers.
 const BOOT: Duration = Duration::from_secs(60);
@@ -47,8 +49,8 @@ pub const SHARE_TAG: &str = "share";
 pub struct Plan<'a> {
     /// The programs to use.
     pub programs: &'a config::Machine,
-    /// Its size.
-    pub size: Size,
+    /// Its size, and what it can become.
+    pub shape: Shape,
     /// The directory that it shares, on a mount with shared propagation.
     pub share: PathBuf,
     /// The host ids that its process has to itself, as whose the share shows its files. None: they are the host's.
@@ -95,6 +97,25 @@ pub enum MachineError {
         status: String,
         /// The last lines of its log and the guest's console.
         said: String,
+    },
+    /// The agent refused.
+    #[error("the guest's agent: {}", .0.message())]
+    Agent(#[from] Box<tonic::Status>),
+    /// The guest does not plug memory, or does not give it back.
+    #[error(
+        "the guest is at {plugged_mib} MiB of {wanted_mib} to be plugged and {balloon_mib} MiB of \
+         {wanted_balloon_mib} to be given back after {} s: it goes on trying",
+        resize::GUEST.as_secs()
+    )]
+    Stuck {
+        /// MiB that are plugged.
+        plugged_mib: u64,
+        /// MiB that should be.
+        wanted_mib: u64,
+        /// MiB that the guest gave back by its balloon.
+        balloon_mib: u64,
+        /// MiB that it should.
+        wanted_balloon_mib: u64,
     },
     /// The agent did not answer in time.
     #[error("the guest's agent does not answer after {} s; the guest said: {said}", BOOT.as_secs())]

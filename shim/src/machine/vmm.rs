@@ -29,6 +29,8 @@ use crate::network::Card;
 const COMMAND_LINE: &str = "console=ttyS0 quiet percpu_alloc=page";
 /// How long the VMM may take for one answer.
 const ANSWER: Duration = Duration::from_secs(30);
+/// The slot of the device that memory is plugged by, which the VMM adds by itself.
+const MEMORY_SLOT: u8 = 1;
 /// Slots that are empty at first, for what is plugged later.
 const EMPTY_SLOTS: u8 = 8;
 /// The guest's context id. Each machine has a socket device of its own, so all may have the same.
@@ -116,7 +118,7 @@ pub(super) fn machine(
         options: VsockConfig { guest_cid: GUEST_CID },
     };
     let share = FsConfig { tag: SHARE_TAG.into(), ..FsConfig::default() };
-    let vcpus = plan.size.vcpus;
+    let shape = plan.shape;
     let mut devices = vec![
         DeviceConfig::Rng(Default::default()),
         // Gives back what the guest has freed.
@@ -147,14 +149,14 @@ pub(super) fn machine(
             protocol: Default::default(),
         },
         memory: MemoryConfig {
-            size_mib: plan.size.memory_mib,
-            hotplug_mib: 0,
+            size_mib: shape.boot.memory_mib,
+            hotplug_mib: shape.hotplug_mib,
             backing: Default::default(),
             huge_pages: Default::default(),
         },
-        cpus: CpuConfig { boot: vcpus, max: vcpus },
+        cpus: CpuConfig { boot: shape.boot.vcpus, max: shape.max_vcpus },
         console: ConsoleConfig { output: Some(FileSource::Descriptor(0)), ..ConsoleConfig::default() },
-        slots: u8::try_from(devices.len()).unwrap_or(u8::MAX).saturating_add(EMPTY_SLOTS),
+        slots: u8::try_from(devices.len()).unwrap_or(u8::MAX).saturating_add(MEMORY_SLOT + EMPTY_SLOTS),
         control: Default::default(),
         devices,
     };

@@ -15,9 +15,11 @@ use super::error::PodError;
 use super::process::{Exit, Process, Status};
 use super::sandbox::Sandbox;
 use super::spec::{self, Place};
+use crate::bundle::Spec;
 use crate::id::Id;
 use crate::log::one_line;
 use crate::share::Mount;
+use crate::sizing::{Change, Demand, Limits};
 use crate::streams::{Stdio, Streams};
 
 /// How long the agent may take to make or remove a container.
@@ -90,7 +92,7 @@ impl Container {
     pub async fn create(
         new: NewContainer,
         id: Id,
-        config: Value,
+        spec: Spec,
         member: bool,
         sandbox: Arc<Sandbox>,
     ) -> Result<Container, PodError> {
@@ -104,7 +106,7 @@ impl Container {
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
         };
-        let made = container.make(new, id, config, member).await;
+        let made = container.make(new, id, spec, member).await;
         if made.is_err()
             && let Err(error) = container.remove().await
         {
@@ -113,13 +115,17 @@ impl Container {
         made.map(|()| container)
     }
 
-    async fn make(&self, new: NewContainer, id: Id, config: Value, member: bool) -> Result<(), PodError> {
+    async fn make(&self, new: NewContainer, id: Id, spec: Spec, member: bool) -> Result<(), PodError> {
+        let limits = spec::limits(&spec.config)?.apply(Limits::default());
+        let name = spec.name().unwrap_or(&new.id);
+        let add = |demand: &mut Demand| demand.add(name, &new.id, limits);
+        self.sandbox.size().await.grow(self.sandbox.machine(), add).await?;
         let directory = self.sandbox.guest_path(id.as_str());
         let (root, shm) = (format!("{directory}/rootfs"), self.sandbox.guest_shm());
         let place = Place { member, root: &root, binds: &directory, shm: &shm, names: self.sandbox.names() };
         let rootfs =
-            if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, &config)] } else { new.rootfs };
-        let guest = spec::container(config, &place)?;
+            if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, &spec.config)] } else { new.rootfs };
+        let guest = spec::container(spec.config, &place)?;
         let binds = guest.binds;
         self.sandbox
             .with_share(move |share, journal| {
@@ -334,23 +340,42 @@ impl Container {
         Ok(())
     }
 
-    /// Sets its limits, as the OCI specification's `linux.resources` in JSON has them.
+    /// Sets its limits, as the OCI specification's `linux.resources` in JSON has them, and makes the machine as large
+    /// as the pod's limits then are. Those of the sandbox may also come as its annotations.
     ///
     /// # Errors
-    /// The agent's own.
-    pub async fn update(&self, resources: &[u8]) -> Result<(), PodError> {
+    /// The agent's own, and when the machine can't be made of that size.
+    pub async fn update(
+        &self,
+        resources: &[u8],
+        annotations: &HashMap<String, String>,
+    ) -> Result<(), PodError> {
+        let mut resources: Value = match resources {
+            [] => Value::Null,
+            text => serde_json::from_slice(text)
+                .map_err(|error| PodError::Invalid(format!("resources: {error}")))?,
+        };
+        let change = Change::of_resources(Some(&resources))?;
+        let machine = self.sandbox.machine();
+        let mut size = self.sandbox.size().await;
         if self.is_pause() {
-            return Ok(());
+            let told = Change::of_annotations(annotations)?;
+            let change = |demand: &mut Demand| {
+                demand.change_sandbox(change);
+                demand.change_sandbox(told);
+            };
+            return size.change(machine, change, async { Ok(()) }).await;
         }
-        let mut resources: Value = serde_json::from_slice(resources)
-            .map_err(|error| PodError::Invalid(format!("resources: {error}")))?;
         spec::resources(Some(&mut resources));
         let request = v1::UpdateContainerRequest {
             container_id: self.id.clone(),
             resources: resources.to_string().into_bytes(),
         };
-        self.sandbox.containers().update_container(call(request)).await?;
-        Ok(())
+        let inside = async {
+            self.sandbox.containers().update_container(call(request)).await?;
+            Ok(())
+        };
+        size.change(machine, |demand| demand.change(&self.id, change), inside).await
     }
 
     /// What it uses; for the pause container, what all of the pod costs the host.
@@ -371,6 +396,7 @@ impl Container {
     /// When something remains.
     pub async fn remove(&self) -> Result<(), PodError> {
         let Some(id) = self.share.clone() else { return Ok(()) };
+        self.sandbox.size().await.release(&self.id);
         if !self.sandbox.machine().has_ended() {
             let request = v1::RemoveContainerRequest { container_id: self.id.clone(), force: true };
             match self.sandbox.containers().remove_container(with_deadline(request, LONG)).await {

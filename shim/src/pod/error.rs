@@ -109,7 +109,10 @@ impl PodError {
             PodError::Sizing(_) => Code::InvalidArgument,
             PodError::Unimplemented(_) => Code::Unimplemented,
             PodError::Directory(DirectoryError::Owned(_)) => Code::AlreadyExists,
-            PodError::Machine(MachineError::Silent { .. }) => Code::DeadlineExceeded,
+            PodError::Machine(MachineError::Silent { .. } | MachineError::Stuck { .. }) => {
+                Code::DeadlineExceeded
+            }
+            PodError::Machine(MachineError::Agent(status)) => status.code(),
             PodError::Streams(ConnectError::Scheme(_)) => Code::InvalidArgument,
             PodError::Agent(status) => status.code(),
             PodError::Network(

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`sandbox`] | what is made for the pod as a whole, and its end |
 //! | [`host`] | the part of it that is on the host: directory, control group, share, network |
+//! | [`size`] | how large it is, as its containers come, go and change |
 //! | [`container`] | a container: its files, its configuration, its verbs |
 //! | [`process`] | the life of a process as containerd sees it |
 //! | [`spec`] | the configuration of a container, rewritten for the guest |
@@ -17,6 +18,7 @@ pub mod error;
 pub mod host;
 pub mod process;
 pub mod sandbox;
+pub mod size;
 pub mod spec;
 
 use std::collections::HashMap;
@@ -29,6 +31,7 @@ use self::container::{Container, NewContainer};
 pub use self::error::PodError;
 use self::process::{Exit, Process, Status};
 use self::sandbox::Sandbox;
+use self::spec::SandboxSpec;
 use crate::bundle::{Role, Spec};
 use crate::config::Config;
 use crate::events::{Event, Events};
@@ -94,15 +97,13 @@ impl Pod {
             if id != self.settings.id {
                 return Err(PodError::Invalid(format!("{id} does not belong to pod {}", self.settings.id)));
             }
-            self.bring_up(&spec, new.rootfs.clone()).await?
+            self.bring_up(spec::sandbox(&spec)?, new.rootfs.clone()).await?
         } else {
             self.sandbox().await?
         };
         let made = match role {
             Role::Sandbox => Ok(Container::pause(new, sandbox.clone())),
-            Role::Alone | Role::Member(_) => {
-                Container::create(new, id, spec.config, !first, sandbox.clone()).await
-            }
+            Role::Alone | Role::Member(_) => Container::create(new, id, spec, !first, sandbox.clone()).await,
         };
         let container = match made {
             Ok(container) => Arc::new(container),
@@ -261,12 +262,12 @@ impl Pod {
         sandbox.ok_or_else(|| PodError::State(format!("pod {} is not up", self.settings.id)))
     }
 
-    async fn bring_up(&self, spec: &Spec, rootfs: Vec<Mount>) -> Result<Arc<Sandbox>, PodError> {
+    async fn bring_up(&self, wanted: SandboxSpec, rootfs: Vec<Mount>) -> Result<Arc<Sandbox>, PodError> {
         let mut place = self.sandbox.lock().await;
         if place.is_some() {
             return Err(PodError::Exists(format!("pod {}", self.settings.id)));
         }
-        let sandbox = Arc::new(Sandbox::create(&self.settings, spec, rootfs).await?);
+        let sandbox = Arc::new(Sandbox::create(&self.settings, wanted, rootfs).await?);
         sandbox.report_memory_shortage(self.events.clone());
         *place = Some(sandbox.clone());
         Ok(sandbox)

@@ -7,15 +7,17 @@ use caisson_protocol::limits::MAX_MESSAGE;
 use caisson_protocol::v1::{self, containers_client::ContainersClient};
 use tonic::transport::Channel;
 
+use super::Settings;
 use super::error::PodError;
 use super::host::{HostSide, Made};
-use super::{Settings, spec};
-use crate::bundle::Spec;
+use super::size::PodSize;
+use super::spec::SandboxSpec;
 use crate::events::{Event, Events};
 use crate::journal::Journal;
 use crate::log::one_line;
 use crate::machine::{Machine, Plan, SHARE_TAG};
 use crate::share::{Mount, Share};
+use crate::sizing::{Change, Demand, Limits};
 
 /// The storage in the guest that is the share.
 const SHARE: &str = "share";
@@ -31,6 +33,8 @@ const CREATE: std::time::Duration = std::time::Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Sandbox {
     machine: Machine,
+    /// Held while it changes.
+    size: tokio::sync::Mutex<PodSize>,
     share: Arc<Share>,
     /// Taken at the end, when it is undone.
     host: Mutex<Option<HostSide>>,
@@ -41,18 +45,19 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes all of it. `first` is the configuration of the pod's first container, `rootfs` its root file system.
+    /// Makes all of it. `rootfs` is the root file system of the pod's first container.
     ///
     /// # Errors
     /// When any of it fails; nothing of it is left then.
     pub async fn create(
         settings: &Arc<Settings>,
-        first: &Spec,
+        wanted: SandboxSpec,
         rootfs: Vec<Mount>,
     ) -> Result<Sandbox, PodError> {
-        let wanted = spec::sandbox(&first.config)?;
-        let config = settings.config.clone().for_pod(&first.annotations)?;
-        let size = config.sizing.size(&first.annotations)?;
+        let config = settings.config.clone().for_pod(&wanted.annotations)?;
+        let limits = wanted.limits.apply(Limits::default());
+        let limits = Change::of_annotations(&wanted.annotations)?.apply(limits);
+        let size = PodSize::new(config.sizing, Demand::new(limits))?;
         let (for_host, wanted_there) = (settings.clone(), wanted.clone());
         let (host, made) =
             tokio::task::spawn_blocking(move || HostSide::make(&for_host, &wanted_there, &rootfs)).await??;
@@ -61,7 +66,7 @@ impl Sandbox {
         let started = async {
             let plan = Plan {
                 programs: &config.machine,
-                size,
+                shape: size.shape(),
                 share: share.path().to_owned(),
                 ids,
                 cards: cards.unwrap_or_default(),
@@ -70,7 +75,7 @@ impl Sandbox {
                 socket_record: host.path().join("vsock"),
             };
             let machine = Machine::boot(plan, &mut journal).await?;
-            let mut request = request(settings, wanted, size.vcpus);
+            let mut request = request(settings, wanted, size.shape().boot.vcpus);
             request.network = network.as_ref().map(Into::into);
             match machine.agent().sandbox().create_sandbox(with_deadline(request, CREATE)).await {
                 Ok(names) => Ok((machine, names.into_inner())),
@@ -85,6 +90,7 @@ impl Sandbox {
             Ok((machine, names)) => Ok(Sandbox {
                 storages: format!("{}/storage", machine.agent().version().root),
                 machine,
+                size: tokio::sync::Mutex::new(size),
                 share: Arc::new(share),
                 host: Mutex::new(Some(host)),
                 journal: Arc::new(Mutex::new(journal)),
@@ -102,6 +108,11 @@ impl Sandbox {
     /// The machine.
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// The pod's size, to be changed by the one who holds it.
+    pub async fn size(&self) -> tokio::sync::MutexGuard<'_, PodSize> {
+        self.size.lock().await
     }
 
     /// The pod's namespaces in the guest.
@@ -183,7 +194,7 @@ async fn undo(host: HostSide) -> Result<(), PodError> {
     Ok(tokio::task::spawn_blocking(move || host.undo()).await??)
 }
 
-fn request(settings: &Settings, wanted: spec::SandboxSpec, vcpus: u8) -> v1::CreateSandboxRequest {
+fn request(settings: &Settings, wanted: SandboxSpec, vcpus: u8) -> v1::CreateSandboxRequest {
     use v1::storage::Source;
     let share = v1::Storage {
         id: SHARE.into(),

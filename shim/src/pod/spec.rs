@@ -5,12 +5,15 @@
 //! honour is left out (its security modules, its processors' numbers), or refused where leaving it out would surprise
 //! (the host's own namespaces). Everything else goes to the guest as it is.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use caisson_protocol::v1;
 use serde_json::{Map, Value, json};
 
+use crate::bundle::Spec;
 use crate::share::Volume;
+use crate::sizing::{Change, SizingError};
 
 /// Why a configuration can't be run in a guest.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +24,9 @@ pub enum SpecError {
     /// A member of another type than the specification says.
     #[error("{0}: not as the OCI runtime specification has it")]
     Malformed(String),
+    /// Limits that make no sense.
+    #[error("linux.resources")]
+    Limits(#[from] SizingError),
     /// One of the host's namespaces.
     #[error("linux.namespaces: a container in a machine of its own can't be in the host's {0} namespace")]
     HostNamespace(&'static str),
@@ -60,7 +66,7 @@ pub struct GuestSpec {
 }
 
 /// What the sandbox is to be, as the first container of a pod has it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SandboxSpec {
     /// The host name.
     pub hostname: String,
@@ -72,6 +78,10 @@ pub struct SandboxSpec {
     pub sysctls: Vec<(String, String)>,
     /// The cgroup that the container would be in.
     pub cgroups_path: String,
+    /// The annotations.
+    pub annotations: HashMap<String, String>,
+    /// What it may use; a pod of one is its container.
+    pub limits: Change,
 }
 
 /// Namespaces and what containerd calls them.
@@ -80,8 +90,9 @@ const HOST_NAMESPACES: [&str; 4] = ["network", "pid", "ipc", "uts"];
 /// Reads what a pod's first container says of the pod.
 ///
 /// # Errors
-/// When it asks for one of the host's namespaces.
-pub fn sandbox(spec: &Value) -> Result<SandboxSpec, SpecError> {
+/// When it asks for one of the host's namespaces, or for limits that make no sense.
+pub fn sandbox(first: &Spec) -> Result<SandboxSpec, SpecError> {
+    let spec = &first.config;
     let namespaces = namespaces(spec.pointer("/linux/namespaces"))?;
     let network = namespaces.into_iter().find(|namespace| namespace.kind == "network");
     let string = |pointer: &str| spec.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -92,7 +103,17 @@ pub fn sandbox(spec: &Value) -> Result<SandboxSpec, SpecError> {
         network_namespace: network.and_then(|network| network.path).map(PathBuf::from),
         sysctls: sysctls.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
         cgroups_path: string("/linux/cgroupsPath"),
+        annotations: first.annotations.clone(),
+        limits: limits(spec)?,
     })
+}
+
+/// What a container may use.
+///
+/// # Errors
+/// For limits that make no sense.
+pub fn limits(spec: &Value) -> Result<Change, SpecError> {
+    Ok(Change::of_resources(spec.pointer("/linux/resources"))?)
 }
 
 /// Rewrites a container's configuration.
@@ -238,6 +259,10 @@ mod tests {
         Ok((serde_json::from_slice(&made.json).unwrap(), made.binds))
     }
 
+    fn first(config: Value) -> Spec {
+        Spec { config, ..Spec::default() }
+    }
+
     fn all_namespaces() -> Value {
         json!([{"type": "pid"}, {"type": "network", "path": "/proc/7/ns/net"}, {"type": "ipc"}, {"type": "uts"},
                {"type": "mount"}])
@@ -273,7 +298,7 @@ mod tests {
             list.as_array_mut().unwrap().remove(index);
             let spec = json!({"linux": {"namespaces": list}});
             assert!(matches!(rewrite(&spec, true), Err(SpecError::HostNamespace(k)) if k == kind));
-            assert!(matches!(sandbox(&spec), Err(SpecError::HostNamespace(k)) if k == kind));
+            assert!(matches!(sandbox(&first(spec)), Err(SpecError::HostNamespace(k)) if k == kind));
         }
     }
 
@@ -330,7 +355,7 @@ mod tests {
     fn the_first_container_describes_the_sandbox() {
         let spec = json!({"hostname": "h", "linux": {"namespaces": all_namespaces(), "cgroupsPath": "/k/p",
                           "sysctl": {"net.core.somaxconn": "9"}}});
-        let sandbox = sandbox(&spec).unwrap();
+        let sandbox = sandbox(&first(spec)).unwrap();
         assert_eq!(sandbox.hostname, "h");
         assert_eq!(sandbox.network_namespace, Some("/proc/7/ns/net".into()));
         assert_eq!(sandbox.sysctls, [("net.core.somaxconn".to_owned(), "9".to_owned())]);

@@ -187,7 +187,7 @@ impl Task for TaskService {
         let pod = self.pod.clone();
         detached(async move {
             let resources = request.resources.into_option().unwrap_or_default().value;
-            pod.container(&request.id)?.update(&resources).await?;
+            pod.container(&request.id)?.update(&resources, &request.annotations).await?;
             Ok(Empty::default())
         })
         .await

@@ -1,0 +1,141 @@
+//! A pod is as large as its limits, also after they change, and never larger than its control group lets it be.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, ensure};
+use caisson_e2e::{
+    containerd::{BUSYBOX_IMAGE, POD_CGROUP},
+    cri::{self, Cri, LinuxContainerResources, UpdateContainerResourcesRequest},
+    leaks::Holdings,
+    node::Node,
+};
+
+const HANDLER: &str = "caisson";
+const MIB: i64 = 1 << 20;
+
+/// What deploy/runtimeclass.yaml adds to the limits of a pod's control group, in MiB.
+const OVERHEAD: i64 = 96;
+
+async fn connect() -> Result<(Node, Cri, Holdings)> {
+    let node = Node::ready()?;
+    let mut cri = Cri::connect(node.socket()).await?;
+    let first = cri.run_pod(cri::pod_config("bridge-maker"), "runc").await?;
+    cri.remove_pod(&first).await?;
+    let before = Holdings::now()?;
+    Ok((node, cri, before))
+}
+
+fn resources(mib: i64, cpus: i64) -> LinuxContainerResources {
+    LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: cpus * 100_000,
+        memory_limit_in_bytes: mib * MIB,
+        ..LinuxContainerResources::default()
+    }
+}
+
+/// A pod of one container, which sleeps, with these limits: both as a kubelet tells them.
+async fn pod_of(
+    cri: &mut Cri,
+    name: &str,
+    parent: &str,
+    limits: LinuxContainerResources,
+) -> Result<(cri::Pod, String)> {
+    let mut config = cri::pod_config(name);
+    let linux = config.linux.get_or_insert_default();
+    linux.cgroup_parent = parent.to_owned();
+    linux.resources = Some(limits.clone());
+    let pod = cri.run_pod(config, HANDLER).await?;
+    let mut config = cri::container_config("main", BUSYBOX_IMAGE, &["sleep", "1000"]);
+    config.linux.get_or_insert_default().resources = Some(limits);
+    let container = cri.run_container(&pod, config).await?;
+    Ok((pod, container))
+}
+
+async fn said(cri: &mut Cri, container: &str, script: &str) -> Result<String> {
+    let reply = cri.exec(container, &["sh", "-c", script]).await?;
+    let (out, err) = (String::from_utf8(reply.stdout)?, String::from_utf8_lossy(&reply.stderr).into_owned());
+    ensure!(reply.exit_code == 0, "{script:?} exited with {}: {out}{err}", reply.exit_code);
+    Ok(out.trim().to_owned())
+}
+
+/// The processors and the memory in MiB that a container's machine has, and the container's own limit in MiB.
+async fn size(cri: &mut Cri, container: &str) -> Result<(i64, i64, i64)> {
+    let script = "grep -c ^processor /proc/cpuinfo; sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; \
+                  cat /sys/fs/cgroup/memory.max";
+    let text = said(cri, container, script).await?;
+    let mut numbers = text.lines().map(|line| line.parse::<i64>().with_context(|| text.clone()));
+    let mut next = || numbers.next().context("three lines")?;
+    Ok((next()?, next()? >> 10, next()? / MIB))
+}
+
+async fn update(
+    cri: &mut Cri,
+    container: &str,
+    limits: LinuxContainerResources,
+) -> Result<(), tonic::Status> {
+    let request = UpdateContainerResourcesRequest { container_id: container.into(), linux: Some(limits) };
+    cri.raw().update_container_resources(request).await.map(drop)
+}
+
+#[tokio::test]
+async fn a_pod_grows_and_shrinks_in_place() -> Result<()> {
+    let (node, mut cri, before) = connect().await?;
+    let (pod, container) = pod_of(&mut cri, "shim-resize", POD_CGROUP, resources(64, 1))
+        .await
+        .with_context(|| node.containerd_log())?;
+    let (cpus, first, limit) = size(&mut cri, &container).await?;
+    ensure!((cpus, limit) == (1, 64), "{cpus} processors and a limit of {limit} MiB");
+
+    update(&mut cri, &container, resources(256, 2)).await.with_context(|| node.containerd_log())?;
+    let (cpus, grown, limit) = size(&mut cri, &container).await?;
+    ensure!((cpus, limit) == (2, 256), "{cpus} processors and a limit of {limit} MiB");
+    ensure!((grown - first - 192).abs() <= 4, "from {first} to {grown} MiB");
+
+    update(&mut cri, &container, resources(64, 1)).await.with_context(|| node.containerd_log())?;
+    let (cpus, again, limit) = size(&mut cri, &container).await?;
+    ensure!((cpus, limit) == (1, 64), "{cpus} processors and a limit of {limit} MiB");
+    ensure!((again - first).abs() <= 4, "from {grown} to {again} MiB and not {first}");
+
+    // Below what it booted with.
+    update(&mut cri, &container, resources(40, 1)).await.with_context(|| node.containerd_log())?;
+    let (_, less, limit) = size(&mut cri, &container).await?;
+    ensure!(limit == 40 && (first - less - 24).abs() <= 4, "{limit}: from {first} to {less} MiB");
+
+    let refused = update(&mut cri, &container, resources(1 << 20, 1)).await.err().context("a TiB")?;
+    ensure!(refused.message().contains("at most"), "{refused:?}");
+    ensure!(size(&mut cri, &container).await? == (1, less, 40), "a refused update changed something");
+    cri.remove_pod(&pod).await?;
+    before.assert_nothing_added()
+}
+
+/// The pod's control group, as a kubelet limits it: the container's limit and the overhead of the RuntimeClass.
+#[tokio::test]
+async fn a_pod_that_uses_all_it_was_promised_is_not_killed() -> Result<()> {
+    let (node, mut cri, before) = connect().await?;
+    let parent = format!("{POD_CGROUP}/shim-promised");
+    let group = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
+    fs::create_dir(&group)?;
+    let promised = 96;
+    fs::write(group.join("memory.max"), ((promised + OVERHEAD) * MIB).to_string())
+        .context("limiting the pod's control group")?;
+    let (pod, container) = pod_of(&mut cri, "shim-promised", &parent, resources(promised, 1))
+        .await
+        .with_context(|| node.containerd_log())?;
+
+    let fill = |mib: i64| format!("head -c {mib}M /dev/zero | tail -c {mib}M | wc -c");
+    let filled = said(&mut cri, &container, &fill(promised - 8)).await?;
+    ensure!(filled == ((promised - 8) * MIB).to_string(), "{filled}");
+    // Beyond the limit it is the container that pays, inside, and not the machine.
+    let beyond = cri.exec(&container, &["sh", "-c", &format!("{}; true", fill(promised + 32))]).await?;
+    ensure!(String::from_utf8_lossy(&beyond.stdout).trim() == "0", "{beyond:?}");
+    ensure!(said(&mut cri, &container, "echo well").await? == "well");
+    let events = fs::read_to_string(group.join("memory.events"))?;
+    ensure!(events.lines().any(|line| line == "oom_kill 0"), "the host killed: {events}");
+    let peak = fs::read_to_string(group.join("memory.peak"))?;
+    println!("peak of the pod's control group: {} MiB", peak.trim().parse::<i64>()? / MIB);
+
+    cri.remove_pod(&pod).await?;
+    fs::remove_dir(&group)?;
+    before.assert_nothing_added()
+}
