@@ -34,6 +34,9 @@ pub struct Invocation {
     /// Where a shim that is up listens.
     #[arg(long)]
     pub socket: Option<PathBuf>,
+    /// A configuration file, of the runtime handler.
+    #[arg(long)]
+    pub config: Option<PathBuf>,
     /// Log in detail.
     #[arg(long)]
     pub debug: bool,

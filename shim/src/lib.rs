@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`action`] | what a call of the binary does: start, serve, delete, info |
 //! | [`invocation`] | how containerd calls the binary, and the answer to `start` |
+//! | [`options`] | what containerd's configuration says for a runtime handler |
 //! | [`id`] | containerd's identifiers, checked before they become file names |
 //! | [`bundle`] | which pod a container belongs to, from its bundle's `config.json` |
 //! | [`config`] | the node's configuration, and what a pod's annotations may change of it |
@@ -36,6 +37,7 @@ pub mod journal;
 pub mod log;
 pub mod machine;
 pub mod network;
+pub mod options;
 pub mod pod;
 pub mod service;
 pub mod share;

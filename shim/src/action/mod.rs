@@ -13,14 +13,15 @@ pub mod serve;
 pub mod start;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::bundle::{BundleError, Role, Spec};
-use crate::config::{Config, ConfigError};
+use crate::config::ConfigFiles;
 use crate::directory::DirectoryError;
 use crate::id::Id;
 use crate::invocation::Invocation;
 use crate::journal::UndoError;
+use crate::options::OptionsError;
 
 /// Where shims of containerd listen.
 const SOCKETS: &str = "/run/containerd/s";
@@ -38,9 +39,9 @@ pub enum ActionError {
     /// The bundle.
     #[error("the bundle")]
     Bundle(#[from] BundleError),
-    /// The node's configuration.
-    #[error("the configuration")]
-    Config(#[from] ConfigError),
+    /// The handler's options in containerd's configuration.
+    #[error("the runtime handler's options")]
+    Options(#[from] OptionsError),
     /// The pod's directory.
     #[error("the pod's directory")]
     Directory(#[from] DirectoryError),
@@ -103,8 +104,8 @@ impl Subject {
     }
 }
 
-/// The node's configuration.
-fn node_config() -> Result<Config, ConfigError> {
-    let directory = std::env::var_os(CONFIG_VARIABLE).unwrap_or_else(|| CONFIG.into());
-    Config::read(Path::new(&directory))
+/// Where the configuration of this node, and of the pod's runtime handler, is.
+fn config_files(handler: Option<PathBuf>) -> ConfigFiles {
+    let node = std::env::var_os(CONFIG_VARIABLE).unwrap_or_else(|| CONFIG.into());
+    ConfigFiles { node: node.into(), handler }
 }

@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
 
 use super::start::TTRPC_ADDRESS;
-use super::{ActionError, Subject, io_error, node_config};
+use super::{ActionError, Subject, config_files, io_error};
 use crate::directory;
 use crate::events::Events;
 use crate::invocation::Invocation;
@@ -25,7 +25,7 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Serves the pod until nothing is left of it. The socket, listening, is standard input.
 ///
 /// # Errors
-/// When there is no socket to serve, or no configuration.
+/// When there is no socket to serve.
 pub fn run(invocation: &Invocation) -> Result<(), ActionError> {
     let subject = Subject::of(invocation)?;
     log::to_containerd(&subject.namespace, &subject.id, invocation.debug);
@@ -53,7 +53,7 @@ async fn serve(subject: Subject, invocation: &Invocation) -> Result<(), ActionEr
         namespace: subject.namespace,
         id: subject.id,
         root: Path::new(directory::ROOT).to_owned(),
-        config: node_config()?,
+        config: config_files(invocation.config.clone()),
     };
     let pod = Arc::new(Pod::new(settings, events));
     let mut server = Server::new().add_listener(listener.into()).register_service(service::all(&pod));

@@ -3,7 +3,7 @@
 //! A new shim gets its socket from here, listening already: when this answers, containerd can connect.
 
 use std::fs::{self, DirBuilder};
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,6 +16,7 @@ use containerd_shim_protos::protobuf::Message;
 
 use super::{ActionError, SOCKETS, Subject, io_error};
 use crate::invocation::{Invocation, ReplyFormat, TASK_API_VERSION, socket_path};
+use crate::options::HandlerConfig;
 
 /// The variable with containerd's ttrpc socket.
 pub(super) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
@@ -23,22 +24,22 @@ pub(super) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
 /// The most that is read from standard input, in bytes.
 const MAX_PARAMS: u64 = 4 << 20;
+/// In the bundle: the handler's configuration, when containerd has it as text.
+const HANDLER_CONFIG: &str = "caisson.toml";
 
 /// Starts or finds the shim, and returns what containerd wants to read.
 ///
 /// # Errors
 /// When the bundle does not tell which pod it is, or the shim can't be started.
 pub fn run(invocation: &Invocation) -> Result<Vec<u8>, ActionError> {
+    let input = read_input()?;
     if invocation.id.is_some() {
-        let address = find_or_start(invocation, &[])?;
+        let address = find_or_start(invocation, HandlerConfig::from_stdin(&input)?, &[])?;
         let version = std::env::var(MAX_SHIM_VERSION).ok();
         return Ok(ReplyFormat::from_max_version(version.as_deref()).reply(&address)?.into_bytes());
     }
     // containerd from 2.3 on says all of it on standard input, and reads a message, too.
-    let mut bytes = Vec::new();
-    let read = io::stdin().lock().take(MAX_PARAMS).read_to_end(&mut bytes);
-    read.map_err(io_error("read the parameters"))?;
-    let params = BootstrapParams::parse_from_bytes(&bytes)?;
+    let params = BootstrapParams::parse_from_bytes(&input)?;
     let parse = |text: &str| text.parse().ok();
     let told = Invocation {
         namespace: parse(&params.namespace),
@@ -50,14 +51,29 @@ pub fn run(invocation: &Invocation) -> Result<Vec<u8>, ActionError> {
     let environment = [(TTRPC_ADDRESS, params.containerd_ttrpc_address.as_str())];
     let result = BootstrapResult {
         version: i32::try_from(TASK_API_VERSION).unwrap_or(i32::MAX),
-        address: find_or_start(&told, &environment)?,
+        address: find_or_start(&told, HandlerConfig::from_params(&params)?, &environment)?,
         protocol: "ttrpc".into(),
         ..BootstrapResult::default()
     };
     Ok(result.write_to_bytes()?)
 }
 
-fn find_or_start(invocation: &Invocation, environment: &[(&str, &str)]) -> Result<String, ActionError> {
+/// What containerd says on standard input: nothing, when there is nothing to be said.
+fn read_input() -> Result<Vec<u8>, ActionError> {
+    let mut bytes = Vec::new();
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        let read = stdin.lock().take(MAX_PARAMS).read_to_end(&mut bytes);
+        read.map_err(io_error("read the parameters"))?;
+    }
+    Ok(bytes)
+}
+
+fn find_or_start(
+    invocation: &Invocation,
+    handler: Option<HandlerConfig>,
+    environment: &[(&str, &str)],
+) -> Result<String, ActionError> {
     let subject = Subject::of(invocation)?;
     let (pod, first) = subject.pod()?;
     let socket = socket_path(Path::new(SOCKETS), &invocation.address, &subject.namespace, &pod);
@@ -68,13 +84,28 @@ fn find_or_start(invocation: &Invocation, environment: &[(&str, &str)]) -> Resul
     if !first {
         return Err(ActionError::PodGone(pod));
     }
+    let config = handler.map(|config| handler_file(config, &subject.bundle)).transpose()?;
+    let invocation = &Invocation { socket: Some(socket.clone()), config, ..invocation.clone() };
     let listener = listen(&socket)?;
-    match spawn(invocation, &subject, &socket, listener, environment) {
+    match spawn(invocation, &subject, listener, environment) {
         Ok(()) => Ok(address),
         Err(error) => {
             // Nobody will listen there.
             let _ = fs::remove_file(&socket);
             Err(error)
+        }
+    }
+}
+
+/// The file with a handler's configuration.
+fn handler_file(config: HandlerConfig, bundle: &Path) -> Result<PathBuf, ActionError> {
+    match config {
+        HandlerConfig::Path(path) => Ok(path.into()),
+        HandlerConfig::Text(text) => {
+            let path =
+                std::path::absolute(bundle.join(HANDLER_CONFIG)).map_err(io_error("find the bundle"))?;
+            fs::write(&path, text).map_err(io_error(format!("write {path:?}")))?;
+            Ok(path)
         }
     }
 }
@@ -101,14 +132,18 @@ fn listen(socket: &Path) -> Result<UnixListener, ActionError> {
 fn spawn(
     invocation: &Invocation,
     subject: &Subject,
-    socket: &Path,
     listener: UnixListener,
     environment: &[(&str, &str)],
 ) -> Result<(), ActionError> {
     let this = std::env::current_exe().map_err(io_error("find this program"))?;
     let mut command = Command::new(this);
     command.args(["-namespace", subject.namespace.as_str(), "-id", subject.id.as_str()]);
-    command.args(["-address", &invocation.address]).arg("-socket").arg(socket);
+    command.args(["-address", &invocation.address]);
+    let socket = invocation.socket.as_deref().unwrap_or(Path::new(""));
+    command.arg("-socket").arg(socket);
+    if let Some(config) = &invocation.config {
+        command.arg("-config").arg(config);
+    }
     if invocation.debug {
         command.arg("-debug");
     }

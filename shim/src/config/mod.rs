@@ -30,6 +30,15 @@ pub struct Config {
     pub annotations: Annotations,
 }
 
+/// Where a pod's configuration is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConfigFiles {
+    /// The node's directory, with `config.toml` and `config.d/*.toml`.
+    pub node: PathBuf,
+    /// A file of the pod's runtime handler, whose keys count more than the node's.
+    pub handler: Option<PathBuf>,
+}
+
 /// What machines are made from: files of the node's.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -100,14 +109,15 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// Reads `config.toml` and `config.d/*.toml` of `directory`; what they do not set has its default.
+    /// Reads the node's `config.toml` and `config.d/*.toml`, then the handler's file; what they do not set has its
+    /// default.
     ///
     /// # Errors
     /// For unreadable files, unknown keys, wrong types, and values that contradict each other.
-    pub fn read(directory: &Path) -> Result<Config, ConfigError> {
+    pub fn read(files: &ConfigFiles) -> Result<Config, ConfigError> {
         let mut merged = parse(DEFAULT, Path::new("default.toml"))?;
         let mut last = PathBuf::from("default.toml");
-        for path in files(directory)? {
+        for path in node_files(&files.node)?.into_iter().chain(files.handler.clone()) {
             let text = fs::read_to_string(&path)
                 .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
             merge(&mut merged, parse(&text, &path)?);
@@ -164,7 +174,7 @@ impl Annotation {
 }
 
 /// The files that there are, in the order in which they count.
-fn files(directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+fn node_files(directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let main = directory.join("config.toml");
     let drop_ins = directory.join("config.d");
     let failed = |source| ConfigError::Read { path: drop_ins.clone(), source };
@@ -218,7 +228,9 @@ mod tests {
         for (name, text) in files {
             fs::write(directory.path().join(name), text).unwrap();
         }
-        Config::read(directory.path())
+        let handler = directory.path().join("handler.toml");
+        let handler = handler.exists().then_some(handler);
+        Config::read(&ConfigFiles { node: directory.path().to_owned(), handler })
     }
 
     fn pod(config: &Config, name: &str, value: &str) -> Result<Config, ConfigError> {
@@ -227,7 +239,7 @@ mod tests {
 
     #[test]
     fn without_files_the_documented_defaults_hold() {
-        let config = Config::read(Path::new("/nonexistent")).unwrap();
+        let config = Config::read(&ConfigFiles { node: "/nonexistent".into(), handler: None }).unwrap();
         assert_eq!(config, toml::from_str(DEFAULT).unwrap());
         assert_eq!(config.sizing.default_vcpus, 1);
     }
@@ -243,6 +255,20 @@ mod tests {
         .unwrap();
         let sizing = config.sizing;
         assert_eq!((sizing.default_vcpus, sizing.max_vcpus, sizing.guest_overhead_mib), (4, 5, 7));
+    }
+
+    #[test]
+    fn the_handlers_file_counts_most_and_must_be_there() {
+        let config = read(&[
+            ("handler.toml", "sizing.default_vcpus = 9"),
+            ("config.d/20.toml", "sizing.default_vcpus = 4"),
+            ("config.toml", "sizing.max_vcpus = 16"),
+        ])
+        .unwrap();
+        assert_eq!((config.sizing.default_vcpus, config.sizing.max_vcpus), (9, 16));
+        let missing =
+            Config::read(&ConfigFiles { node: "/nonexistent".into(), handler: Some("/no/file".into()) });
+        assert!(matches!(missing, Err(ConfigError::Read { path, .. }) if path == Path::new("/no/file")));
     }
 
     #[test]

@@ -33,7 +33,7 @@ use self::process::{Exit, Process, Status};
 use self::sandbox::Sandbox;
 use self::spec::SandboxSpec;
 use crate::bundle::{Role, Spec};
-use crate::config::Config;
+use crate::config::ConfigFiles;
 use crate::events::{Event, Events};
 use crate::id::Id;
 use crate::log::one_line;
@@ -48,8 +48,8 @@ pub struct Settings {
     pub id: Id,
     /// Where pods have their directories.
     pub root: PathBuf,
-    /// The node's configuration.
-    pub config: Config,
+    /// Where the configuration is. It is read when the pod is made.
+    pub config: ConfigFiles,
 }
 
 /// A pod.

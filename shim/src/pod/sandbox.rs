@@ -12,6 +12,7 @@ use super::error::PodError;
 use super::host::{HostSide, Made};
 use super::size::PodSize;
 use super::spec::SandboxSpec;
+use crate::config::Config;
 use crate::events::{Event, Events};
 use crate::journal::Journal;
 use crate::log::one_line;
@@ -54,7 +55,7 @@ impl Sandbox {
         wanted: SandboxSpec,
         rootfs: Vec<Mount>,
     ) -> Result<Sandbox, PodError> {
-        let config = settings.config.clone().for_pod(&wanted.annotations)?;
+        let config = Config::read(&settings.config)?.for_pod(&wanted.annotations)?;
         let limits = wanted.limits.apply(Limits::default());
         let limits = Change::of_annotations(&wanted.annotations)?.apply(limits);
         let size = PodSize::new(config.sizing, Demand::new(limits))?;
