@@ -40,6 +40,10 @@ const START: Duration = Duration::from_secs(90);
 /// How long it may take to end after SIGTERM before it is killed.
 const STOP: Duration = Duration::from_secs(20);
 
+/// Our handlers, as `deploy/` has them for containerd 1.7 and for 2.x.
+const CONFIG_V2: &str = include_str!("../../deploy/containerd/config-v2.toml");
+const CONFIG_V3: &str = include_str!("../../deploy/containerd/config-v3.toml");
+
 /// The pods' network: a bridge, with published ports.
 const CNI_CONFIG: &str = r#"{
   "cniVersion": "1.0.0",
@@ -81,7 +85,7 @@ impl Containerd {
             fs::create_dir_all(&cgroup).with_context(|| format!("making the cgroup {}", cgroup.display()))?;
         }
         fs::write(dir.join("cni/10-caisson-e2e.conflist"), CNI_CONFIG)?;
-        fs::write(dir.join("config.toml"), config(dir, version()?))?;
+        write_config(dir, version()?)?;
 
         let log = File::create(dir.join("containerd.log"))?;
         let mut command = Command::new("containerd");
@@ -212,50 +216,65 @@ fn runtime_config(dir: &Path, products: Option<&Path>) -> Result<PathBuf> {
     Ok(config)
 }
 
-/// containerd's major version.
-fn version() -> Result<u32> {
+/// containerd's version: major and minor.
+fn version() -> Result<(u32, u32)> {
     let output =
         Command::new("containerd").arg("--version").output().context("containerd is not installed")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     parse_version(&text).with_context(|| format!("no version in {text:?}"))
 }
 
-/// The major version in what `containerd --version` prints: `containerd github.com/… 1.7.24~ds1 …`.
-fn parse_version(text: &str) -> Option<u32> {
+/// The version in what `containerd --version` prints: `containerd github.com/… 1.7.24~ds1 …`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
     let word = text.split_whitespace().nth(2)?;
-    word.trim_start_matches('v').split('.').next()?.parse().ok()
+    let mut numbers = word.trim_start_matches('v').split('.').map(|number| number.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
 }
 
-/// A configuration file for this major version: `version = 2` before containerd 2, `version = 3` from there on.
-fn config(dir: &Path, major: u32) -> String {
+/// Writes containerd's configuration for this version, with our handlers as `deploy/` has them.
+///
+/// containerd 2 imports the file that we deliver. One before replaces all of a plugin's configuration by what it
+/// imports, so there our tables stand in the main file.
+fn write_config(dir: &Path, version: (u32, u32)) -> Result<()> {
+    let (main, drop_in) = config(dir, version);
+    fs::write(dir.join("config.toml"), main)?;
+    if let Some(drop_in) = drop_in {
+        fs::create_dir_all(dir.join("conf.d"))?;
+        fs::write(dir.join("conf.d/caisson.toml"), drop_in)?;
+    }
+    Ok(())
+}
+
+/// The main file, and the one that it imports: `version = 2` before containerd 2, `version = 3` from there on.
+fn config(dir: &Path, (major, minor): (u32, u32)) -> (String, Option<&'static str>) {
     let dir = dir.display();
     let common = format!(
         "root = '{dir}/root'\nstate = '{dir}/state'\n[grpc]\naddress = '{dir}/containerd.sock'\n\
          [ttrpc]\naddress = '{dir}/containerd.sock.ttrpc'\n"
     );
     if major < 2 {
-        format!(
+        let tables = CONFIG_V2.replacen("version = 2\n", "", 1);
+        let main = format!(
             "version = 2\n{common}\
              [plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = '{PAUSE_IMAGE}'\n\
              [plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = '{dir}/cni'\n\
              [plugins.'io.containerd.grpc.v1.cri'.containerd]\ndefault_runtime_name = 'runc'\n\
              [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\n\
-             runtime_type = 'io.containerd.runc.v2'\n\
-             [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.caisson]\n\
-             runtime_type = 'io.containerd.caisson.v2'\n"
-        )
-    } else {
-        format!(
-            "version = 3\n{common}\
-             [plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = '{PAUSE_IMAGE}'\n\
-             [plugins.'io.containerd.cri.v1.runtime'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = '{dir}/cni'\n\
-             [plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = 'runc'\n\
-             [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
-             runtime_type = 'io.containerd.runc.v2'\n\
-             [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.caisson]\n\
-             runtime_type = 'io.containerd.caisson.v2'\n"
-        )
+             runtime_type = 'io.containerd.runc.v2'\n{tables}"
+        );
+        return (main, None);
     }
+    let bin_dir =
+        if (major, minor) < (2, 1) { "bin_dir = '/usr/lib/cni'" } else { "bin_dirs = ['/usr/lib/cni']" };
+    let main = format!(
+        "version = 3\nimports = ['{dir}/conf.d/*.toml']\n{common}\
+         [plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = '{PAUSE_IMAGE}'\n\
+         [plugins.'io.containerd.cri.v1.runtime'.cni]\n{bin_dir}\nconf_dir = '{dir}/cni'\n\
+         [plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = 'runc'\n\
+         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
+         runtime_type = 'io.containerd.runc.v2'\n"
+    );
+    (main, Some(CONFIG_V3))
 }
 
 #[cfg(test)]
@@ -263,15 +282,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_the_major_version() {
-        assert_eq!(parse_version("containerd github.com/containerd/containerd 1.7.24~ds1 abc"), Some(1));
-        assert_eq!(parse_version("containerd github.com/containerd/containerd/v2 v2.1.9 abc"), Some(2));
+    fn reads_the_version() {
+        assert_eq!(parse_version("containerd github.com/containerd/containerd 1.7.24~ds1 abc"), Some((1, 7)));
+        assert_eq!(parse_version("containerd github.com/containerd/containerd/v2 v2.1.9 abc"), Some((2, 1)));
         assert_eq!(parse_version("containerd"), None);
     }
 
     #[test]
     fn each_version_gets_its_own_format() {
-        assert!(config(Path::new("/d"), 1).starts_with("version = 2\nroot = '/d/root'"));
-        assert!(config(Path::new("/d"), 2).starts_with("version = 3\n"));
+        let (old, import) = config(Path::new("/d"), (1, 7));
+        assert!(old.starts_with("version = 2\nroot = '/d/root'") && import.is_none());
+        assert!(old.contains("runtimes.caisson]") && old.matches("version =").count() == 1);
+        let (new, import) = config(Path::new("/d"), (2, 0));
+        assert!(new.starts_with("version = 3\n") && new.contains("bin_dir ="));
+        assert!(import.is_some_and(|import| import.contains("runtimes.caisson]")));
+        assert!(config(Path::new("/d"), (2, 1)).0.contains("bin_dirs ="));
     }
 }
