@@ -220,6 +220,8 @@ const CONTROL: &[Call] = &[
     any(libc::SYS_sched_getaffinity), // asked by the C library about a new thread's stack
     PRCTL,
     SECCOMP,
+    any(libc::SYS_capget), // a new processor's thread gives up what this one has given up already
+    any(libc::SYS_capset),
     // Disks, and what their workers do: they start with the filter of this thread.
     any(libc::SYS_io_uring_setup),
     any(libc::SYS_io_uring_register),

@@ -48,6 +48,12 @@ fn every_filter_compiles_and_lets_a_thread_live() {
 }
 
 #[test]
+fn a_thread_that_is_made_behind_the_filter_gives_up_its_capabilities() {
+    let spawn = || std::thread::spawn(crate::jail::drop_thread_capabilities).join().is_ok();
+    assert!(survives(Thread::Devices, spawn));
+}
+
+#[test]
 fn what_is_not_named_kills() {
     // SAFETY: no argument is a pointer.
     let ptrace = || unsafe { libc::syscall(libc::SYS_ptrace, 0, 0, 0, 0) } >= -1;
