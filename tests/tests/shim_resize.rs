@@ -123,9 +123,13 @@ async fn a_pod_that_uses_all_it_was_promised_is_not_killed() -> Result<()> {
         .await
         .with_context(|| node.containerd_log())?;
 
-    let fill = |mib: i64| format!("head -c {mib}M /dev/zero | tail -c {mib}M | wc -c");
+    let fill = |mib: i64| format!("head -c {0} /dev/zero | tail -c {0} | wc -c", mib * MIB);
     let filled = said(&mut cri, &container, &fill(promised - 8)).await?;
-    ensure!(filled == ((promised - 8) * MIB).to_string(), "{filled}");
+    if filled != ((promised - 8) * MIB).to_string() {
+        let files =
+            "cd /sys/fs/cgroup; grep . memory.max memory.peak memory.events memory.stat; cat /proc/meminfo";
+        anyhow::bail!("{filled} bytes: {}", said(&mut cri, &container, files).await?);
+    }
     // Beyond the limit it is the container that pays, inside, and not the machine.
     let beyond = cri.exec(&container, &["sh", "-c", &format!("{}; true", fill(promised + 32))]).await?;
     ensure!(String::from_utf8_lossy(&beyond.stdout).trim() == "0", "{beyond:?}");

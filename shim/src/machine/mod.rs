@@ -166,6 +166,7 @@ impl Machine {
         tokio::spawn(async move {
             // Waiting for one's own child fails for no reason that could be acted on.
             if let Ok(status) = child.wait().await {
+                tracing::info!(pid, %status, "the VMM has ended");
                 tell.send_replace(Some(status));
             }
         });
