@@ -23,6 +23,9 @@ pub const BUSYBOX_IMAGE: &str = "caisson.test/busybox:1";
 /// A Debian with redis, nginx and PostgreSQL.
 pub const SERVERS_IMAGE: &str = "caisson.test/servers:1";
 
+/// The handler of pods that containerd 2 makes by the sandbox API. containerd 1.7 has none.
+pub const SANDBOX_HANDLER: &str = "caisson-sandbox";
+
 /// The namespace in which containerd's CRI plugin looks for images and containers.
 const CRI_NAMESPACE: &str = "k8s.io";
 
@@ -217,7 +220,10 @@ fn runtime_config(dir: &Path, products: Option<&Path>) -> Result<PathBuf> {
 }
 
 /// containerd's version: major and minor.
-fn version() -> Result<(u32, u32)> {
+///
+/// # Errors
+/// When it is not installed.
+pub fn version() -> Result<(u32, u32)> {
     let output =
         Command::new("containerd").arg("--version").output().context("containerd is not installed")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -272,7 +278,9 @@ fn config(dir: &Path, (major, minor): (u32, u32)) -> (String, Option<&'static st
          [plugins.'io.containerd.cri.v1.runtime'.cni]\n{bin_dir}\nconf_dir = '{dir}/cni'\n\
          [plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = 'runc'\n\
          [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
-         runtime_type = 'io.containerd.runc.v2'\n"
+         runtime_type = 'io.containerd.runc.v2'\n\
+         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{SANDBOX_HANDLER}]\n\
+         runtime_type = 'io.containerd.caisson.v2'\nsandboxer = 'shim'\n"
     );
     (main, Some(CONFIG_V3))
 }

@@ -95,9 +95,16 @@ impl Subject {
         })
     }
 
-    /// The pod, and whether the container came with it.
+    /// The pod, and whether the container came with it. A bundle without a configuration is that of a sandbox which the
+    /// sandbox API makes.
     fn pod(&self) -> Result<(Id, bool), BundleError> {
-        Ok(match Spec::read(&self.bundle)?.role()? {
+        let role = match Spec::read(&self.bundle) {
+            Err(BundleError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Role::Sandbox
+            }
+            spec => spec?.role()?,
+        };
+        Ok(match role {
             Role::Alone | Role::Sandbox => (self.id.clone(), true),
             Role::Member(pod) => (pod, false),
         })

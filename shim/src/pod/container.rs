@@ -122,7 +122,8 @@ impl Container {
         self.sandbox.size().await.grow(self.sandbox.machine(), add).await?;
         let directory = self.sandbox.guest_path(id.as_str());
         let (root, shm) = (format!("{directory}/rootfs"), self.sandbox.guest_shm());
-        let place = Place { member, root: &root, binds: &directory, shm: &shm, names: self.sandbox.names() };
+        let (names, files) = (self.sandbox.names(), self.sandbox.files());
+        let place = Place { member, root: &root, binds: &directory, shm: &shm, files, names };
         let rootfs =
             if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, &spec.config)] } else { new.rootfs };
         let guest = spec::container(spec.config, &place)?;
@@ -396,6 +397,10 @@ impl Container {
     /// When something remains.
     pub async fn remove(&self) -> Result<(), PodError> {
         let Some(id) = self.share.clone() else { return Ok(()) };
+        if self.sandbox.is_destroyed() {
+            // That took everything of its containers along.
+            return Ok(());
+        }
         self.sandbox.size().await.release(&self.id);
         if !self.sandbox.machine().has_ended() {
             let request = v1::RemoveContainerRequest { container_id: self.id.clone(), force: true };

@@ -70,6 +70,9 @@ impl HostSide {
         let mut journal = self.directory.journal()?;
         let path = self.directory.path().to_owned();
         write_owner(&path, &mut journal)?;
+        for (name, text) in &wanted.files {
+            write_file(&path.join(name), text, &mut journal)?;
+        }
         if !wanted.cgroups_path.is_empty() {
             let cgroup = Cgroup::make(&mut journal, &Layout::of_host()?, &wanted.cgroups_path)?;
             self.cgroup.insert(cgroup).join(0)?;
@@ -132,8 +135,13 @@ fn choose_ids(pod: &Path, journal: &mut Journal, rootfs: &[Mount]) -> Result<Opt
 fn write_owner(directory: &Path, journal: &mut Journal) -> Result<(), PodError> {
     let path = directory.join(OWNER);
     let failed = |source| PodError::Io { action: "write", path: path.clone(), source };
-    journal.record(Resource::File(path.clone()))?;
     let this = i32::try_from(std::process::id()).map_err(|error| failed(io::Error::other(error)))?;
     let process = ProcessId::of(this).and_then(|process| Ok(serde_json::to_vec(&process)?));
-    process.and_then(|text| fs::write(&path, text)).map_err(failed)
+    write_file(&path, &process.map_err(failed)?, journal)
+}
+
+fn write_file(path: &Path, text: &[u8], journal: &mut Journal) -> Result<(), PodError> {
+    journal.record(Resource::File(path.to_owned()))?;
+    let failed = |source| PodError::Io { action: "write", path: path.to_owned(), source };
+    fs::write(path, text).map_err(failed)
 }

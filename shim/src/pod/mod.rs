@@ -8,12 +8,15 @@
 //! | [`container`] | a container: its files, its configuration, its verbs |
 //! | [`process`] | the life of a process as containerd sees it |
 //! | [`spec`] | the configuration of a container, rewritten for the guest |
+//! | [`bare`], [`cri`] | a pod of the sandbox API, and what CRI says of it |
 //! | [`error`] | why something was not done |
 //!
 //! The pause container of a sandbox is answered for and never run: its process "runs" for as long as the machine does,
 //! and to kill it is to end the machine. A plain container is a pod of its own.
 
+pub mod bare;
 pub mod container;
+pub mod cri;
 pub mod error;
 pub mod host;
 pub mod process;
@@ -25,6 +28,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use caisson_protocol::v1;
 use tokio::sync::watch;
 
 use self::container::{Container, NewContainer};
@@ -60,6 +64,7 @@ pub struct Pod {
     /// Held while the machine comes or goes.
     sandbox: tokio::sync::Mutex<Option<Arc<Sandbox>>>,
     containers: Mutex<HashMap<String, Entry>>,
+    bare: bare::Bare,
     /// Becomes true when the shim has nothing more to do.
     finished: watch::Sender<bool>,
 }
@@ -79,6 +84,7 @@ impl Pod {
             events,
             sandbox: tokio::sync::Mutex::new(None),
             containers: Mutex::default(),
+            bare: bare::Bare::default(),
             finished: watch::Sender::new(false),
         }
     }
@@ -242,9 +248,22 @@ impl Pod {
         }
     }
 
+    /// The id of the pod's sandbox, or of its only container.
+    pub fn id(&self) -> &str {
+        self.settings.id.as_str()
+    }
+
+    /// What all of the pod costs the host.
+    ///
+    /// # Errors
+    /// When there is none, or its control group can't be read.
+    pub async fn sandbox_stats(&self) -> Result<v1::StatsResponse, PodError> {
+        self.sandbox().await?.stats()
+    }
+
     /// containerd is done with a container. With nothing left, the shim's work is done, too.
     pub async fn shutdown(&self, now: bool) {
-        if !now && !self.lock().is_empty() {
+        if !now && (self.bare.is_asked_for() || !self.lock().is_empty()) {
             return;
         }
         self.tear_down().await;

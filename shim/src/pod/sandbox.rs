@@ -1,5 +1,6 @@
 //! What is made for a pod as a whole: its directory and record, its share, its machine, the sandbox in the guest.
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use caisson_protocol::client::with_deadline;
@@ -41,6 +42,8 @@ pub struct Sandbox {
     host: Mutex<Option<HostSide>>,
     journal: Arc<Mutex<Journal>>,
     names: v1::CreateSandboxResponse,
+    /// Where the host has the pod's own files, if nobody else has made them.
+    files: Option<PathBuf>,
     /// Where the guest's agent has its storages.
     storages: String,
 }
@@ -59,6 +62,7 @@ impl Sandbox {
         let limits = wanted.limits.apply(Limits::default());
         let limits = Change::of_annotations(&wanted.annotations)?.apply(limits);
         let size = PodSize::new(config.sizing, Demand::new(limits))?;
+        let has_files = !wanted.files.is_empty();
         let (for_host, wanted_there) = (settings.clone(), wanted.clone());
         let (host, made) =
             tokio::task::spawn_blocking(move || HostSide::make(&for_host, &wanted_there, &rootfs)).await??;
@@ -91,6 +95,7 @@ impl Sandbox {
             Ok((machine, names)) => Ok(Sandbox {
                 storages: format!("{}/storage", machine.agent().version().root),
                 machine,
+                files: has_files.then(|| host.path().to_owned()),
                 size: tokio::sync::Mutex::new(size),
                 share: Arc::new(share),
                 host: Mutex::new(Some(host)),
@@ -109,6 +114,16 @@ impl Sandbox {
     /// The machine.
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// Where the host has the pod's own files (host name, hosts, resolver), if nobody else has made them.
+    pub fn files(&self) -> Option<&Path> {
+        self.files.as_deref()
+    }
+
+    /// Whether what was made for the pod is undone, or is being undone.
+    pub fn is_destroyed(&self) -> bool {
+        self.host.lock().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     /// The pod's size, to be changed by the one who holds it.

@@ -43,6 +43,8 @@ pub struct Place<'a> {
     pub binds: &'a str,
     /// Where the pod's shared memory is in the guest.
     pub shm: &'a str,
+    /// Where the host has the pod's own files, if nobody else has made them.
+    pub files: Option<&'a Path>,
     /// The pod's namespaces in the guest.
     pub names: &'a v1::CreateSandboxResponse,
 }
@@ -82,7 +84,19 @@ pub struct SandboxSpec {
     pub annotations: HashMap<String, String>,
     /// What it may use; a pod of one is its container.
     pub limits: Change,
+    /// Files that its containers are to see, by name and content. None when somebody else makes them.
+    pub files: Vec<(&'static str, Vec<u8>)>,
 }
+
+/// The file with the pod's host name.
+pub const HOSTNAME: &str = "hostname";
+/// The file with the names of hosts that the pod knows.
+pub const HOSTS: &str = "hosts";
+/// The file that configures the pod's resolver.
+pub const RESOLV_CONF: &str = "resolv.conf";
+/// Where containers see these files.
+const FILES: [(&str, &str); 3] =
+    [("/etc/hostname", HOSTNAME), ("/etc/hosts", HOSTS), ("/etc/resolv.conf", RESOLV_CONF)];
 
 /// Namespaces and what containerd calls them.
 const HOST_NAMESPACES: [&str; 4] = ["network", "pid", "ipc", "uts"];
@@ -105,6 +119,7 @@ pub fn sandbox(first: &Spec) -> Result<SandboxSpec, SpecError> {
         cgroups_path: string("/linux/cgroupsPath"),
         annotations: first.annotations.clone(),
         limits: limits(spec)?,
+        files: Vec::new(),
     })
 }
 
@@ -230,12 +245,23 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
         let guest = if Path::new(&destination) == Path::new("/dev/shm") {
             place.shm.to_owned()
         } else {
-            binds.push(Bind { index, volume: Volume { source: source.into(), options } });
+            let source = pods_file(&destination, source.into(), place.files);
+            binds.push(Bind { index, volume: Volume { source, options } });
             format!("{}/{index}", place.binds)
         };
         mount.insert("source".into(), json!(guest));
     }
     Ok(binds)
+}
+
+/// The source of a bind mount: with the sandbox API, where nobody has made the file that CRI names for the pod's host
+/// name and the like, the one that was made here.
+fn pods_file(destination: &str, source: PathBuf, files: Option<&Path>) -> PathBuf {
+    let ours = FILES.iter().find(|(path, _)| Path::new(path) == Path::new(destination));
+    match (files, ours) {
+        (Some(files), Some((_, name))) if !source.exists() => files.join(name),
+        _ => source,
+    }
 }
 
 #[cfg(test)]
@@ -254,7 +280,8 @@ mod tests {
 
     fn rewrite(spec: &Value, member: bool) -> Result<(Value, Vec<Bind>), SpecError> {
         let names = names();
-        let place = Place { member, root: "/g/root", binds: "/g/c", shm: "/g/shm", names: &names };
+        let place =
+            Place { member, root: "/g/root", binds: "/g/c", shm: "/g/shm", files: None, names: &names };
         let made = container(spec.clone(), &place)?;
         Ok((serde_json::from_slice(&made.json).unwrap(), made.binds))
     }
@@ -322,6 +349,16 @@ mod tests {
     }
 
     #[test]
+    fn files_that_nobody_made_are_the_pods() {
+        let files = Some(Path::new("/run/pod"));
+        let source = |destination: &str, source: &str| pods_file(destination, source.into(), files);
+        assert_eq!(source("/etc/hosts", "/nonexistent/hosts"), Path::new("/run/pod/hosts"));
+        assert_eq!(source("/etc/hosts", "/proc/self/stat"), Path::new("/proc/self/stat"));
+        assert_eq!(source("/etc/other", "/nonexistent/other"), Path::new("/nonexistent/other"));
+        assert_eq!(pods_file("/etc/hosts", "/nonexistent".into(), None), Path::new("/nonexistent"));
+    }
+
+    #[test]
     fn what_only_the_host_has_is_left_out() {
         let spec = json!({
             "process": {"apparmorProfile": "cri-containerd.apparmor.d", "args": ["true"]},
@@ -339,7 +376,7 @@ mod tests {
     #[test]
     fn nonsense_is_an_error() {
         let names = names();
-        let place = Place { member: true, root: "", binds: "", shm: "", names: &names };
+        let place = Place { member: true, root: "", binds: "", shm: "", files: None, names: &names };
         for spec in [
             json!([]),
             json!({"mounts": 3, "linux": {"namespaces": all_namespaces()}}),

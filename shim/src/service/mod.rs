@@ -3,8 +3,10 @@
 //! | module | serves |
 //! |---|---|
 //! | [`task`] | the task API, of which version 3 is version 2 by another name |
+//! | [`sandbox`] | the sandbox API, for pods without a container that stands for them |
 //! | `stats` | what a container uses, in containerd's message |
 
+pub mod sandbox;
 mod stats;
 pub mod task;
 
@@ -12,10 +14,12 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use tonic::Code;
 use ttrpc::asynchronous::Service;
 
+use self::sandbox::SandboxService;
 use self::task::TaskService;
 use crate::log;
 use crate::pod::{Pod, PodError};
@@ -26,10 +30,10 @@ const TASK_NAMES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Ta
 /// All services of a pod, by name.
 pub fn all(pod: &Arc<Pod>) -> HashMap<String, Service> {
     let service = || create_task(Arc::new(TaskService::new(pod.clone())));
-    TASK_NAMES
-        .into_iter()
-        .flat_map(|name| service().into_values().map(move |service| (name.to_owned(), service)))
-        .collect()
+    let mut all = create_sandbox(Arc::new(SandboxService::new(pod.clone())));
+    let tasks = |name: &'static str| service().into_values().map(move |service| (name.to_owned(), service));
+    all.extend(TASK_NAMES.into_iter().flat_map(tasks));
+    all
 }
 
 /// Runs what must not stop half-way when containerd's call ends early, and turns its error into a status.

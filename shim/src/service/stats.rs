@@ -6,13 +6,25 @@ use caisson_protocol::v1;
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
 };
-use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::{Message, MessageField, well_known_types::any::Any};
+
+use crate::pod::PodError;
 
 /// The name of the message's type.
-pub(super) const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// The message.
-pub(super) fn metrics(stats: v1::StatsResponse) -> Metrics {
+/// The message, as containerd wants it packed.
+///
+/// # Errors
+/// Never for numbers, of which it is made.
+pub(super) fn any(stats: v1::StatsResponse) -> Result<Any, PodError> {
+    let value = metrics(stats)
+        .write_to_bytes()
+        .map_err(|error| PodError::Invalid(format!("encode statistics: {error}")))?;
+    Ok(Any { type_url: TYPE.into(), value, ..Default::default() })
+}
+
+fn metrics(stats: v1::StatsResponse) -> Metrics {
     Metrics {
         cpu: stats.cpu.map(cpu).into(),
         memory: stats.memory.map(memory).into(),

@@ -10,7 +10,7 @@ use containerd_shim_protos::api::{
     StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest,
     WaitRequest, WaitResponse,
 };
-use containerd_shim_protos::protobuf::{Message, MessageField, well_known_types::any::Any};
+use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim_async::Task;
 use ttrpc::asynchronous::TtrpcContext;
 
@@ -197,11 +197,7 @@ impl Task for TaskService {
         let pod = self.pod.clone();
         detached(async move {
             let stats = pod.container(&request.id)?.stats().await?;
-            let value = stats::metrics(stats)
-                .write_to_bytes()
-                .map_err(|error| PodError::Invalid(format!("encode statistics: {error}")))?;
-            let stats = Any { type_url: stats::TYPE.into(), value, ..Default::default() };
-            Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
+            Ok(StatsResponse { stats: MessageField::some(stats::any(stats)?), ..Default::default() })
         })
         .await
     }

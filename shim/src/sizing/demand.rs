@@ -90,6 +90,19 @@ impl Change {
         })
     }
 
+    /// From numbers as CRI has them: 0 is no word on a limit.
+    ///
+    /// # Errors
+    /// For a period below 0.
+    pub fn of_numbers(memory: i64, quota: i64, period: i64) -> Result<Change, SizingError> {
+        let wrong = |_| SizingError::Number { name: CPU_PERIOD, value: period.to_string() };
+        let period = (period != 0).then(|| u64::try_from(period)).transpose().map_err(wrong)?;
+        Ok(Change {
+            memory: (memory != 0).then(|| u64::try_from(memory).unwrap_or(0)),
+            cpu: (quota != 0).then(|| share(quota, period)).transpose()?,
+        })
+    }
+
     /// The limits after the change.
     pub fn apply(self, limits: Limits) -> Limits {
         Limits { memory: self.memory.unwrap_or(limits.memory), cpu: self.cpu.unwrap_or(limits.cpu) }

@@ -1,0 +1,81 @@
+//! Pods by containerd's sandbox API, where no pause container stands for them.
+
+use anyhow::{Context, Result, ensure};
+use caisson_e2e::{
+    containerd::{self, BUSYBOX_IMAGE, SANDBOX_HANDLER},
+    cri::{self, Cri, PodSandboxState},
+    leaks::Holdings,
+    node::Node,
+};
+
+async fn connect() -> Result<(Node, Cri, Holdings)> {
+    let node = Node::ready()?;
+    let mut cri = Cri::connect(node.socket()).await?;
+    let first = cri.run_pod(cri::pod_config("bridge-maker"), "runc").await?;
+    cri.remove_pod(&first).await?;
+    let before = Holdings::now()?;
+    Ok((node, cri, before))
+}
+
+async fn said(cri: &mut Cri, container: &str, script: &str) -> Result<String> {
+    let reply = cri.exec(container, &["sh", "-c", script]).await?;
+    let (out, err) = (String::from_utf8(reply.stdout)?, String::from_utf8_lossy(&reply.stderr).into_owned());
+    ensure!(reply.exit_code == 0, "{script:?} exited with {}: {out}{err}", reply.exit_code);
+    Ok(out)
+}
+
+#[tokio::test]
+async fn a_pod_needs_no_pause_container() -> Result<()> {
+    let (node, mut cri, before) = connect().await?;
+    let pod = cri.run_pod(cri::pod_config("shim-sandbox"), SANDBOX_HANDLER).await;
+    if containerd::version()? < (2, 0) {
+        // It does not know the API, and says so.
+        ensure!(pod.is_err(), "containerd 1.7 made a pod of a handler that it can't have");
+        return before.assert_nothing_added();
+    }
+    let pod = pod.with_context(|| node.containerd_log())?;
+    let status = cri.pod_status(&pod).await?;
+    ensure!(status.state() == PodSandboxState::SandboxReady, "{status:?}");
+    let address = status.network.map(|network| network.ip).unwrap_or_default();
+    ensure!(address.starts_with("10.244.77."), "the pod's address is {address:?}");
+
+    let sleeper = cri::container_config("one", BUSYBOX_IMAGE, &["sleep", "1000"]);
+    let one = cri.run_container(&pod, sleeper).await.with_context(|| node.containerd_log())?;
+    ensure!(said(&mut cri, &one, "hostname; cat /etc/hostname").await? == "shim-sandbox\nshim-sandbox\n");
+    ensure!(said(&mut cri, &one, "grep -c localhost /etc/hosts").await?.trim() != "0");
+    said(&mut cri, &one, "test -e /etc/resolv.conf").await?;
+    let seen = said(&mut cri, &one, "ip -4 -o address show eth0; uname -r").await?;
+    ensure!(seen.contains(&address), "the container sees {seen:?}, not {address}");
+    ensure!(!seen.contains(std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()), "{seen}");
+
+    let brief =
+        cri::container_config("brief", BUSYBOX_IMAGE, &["sh", "-c", "echo x > /dev/shm/file; exit 9"]);
+    let brief = cri.run_container(&pod, brief).await?;
+    ensure!(cri.wait(&brief).await?.exit_code == 9);
+    ensure!(said(&mut cri, &one, "cat /dev/shm/file").await? == "x\n");
+    cri.remove_pod(&pod).await.with_context(|| node.containerd_log())?;
+    before.assert_nothing_added()
+}
+
+#[tokio::test]
+async fn the_end_of_the_machine_is_the_end_of_the_pod() -> Result<()> {
+    let (node, mut cri, before) = connect().await?;
+    if containerd::version()? < (2, 0) {
+        return Ok(());
+    }
+    let pod = cri.run_pod(cri::pod_config("shim-sandbox-dies"), SANDBOX_HANDLER).await?;
+    let sleeper = cri::container_config("one", BUSYBOX_IMAGE, &["sleep", "1000"]);
+    let container = cri.run_container(&pod, sleeper).await?;
+    let vmm = std::process::Command::new("pkill").args(["-KILL", "--exact", "caisson-vmm"]).status()?;
+    ensure!(vmm.success(), "no VMM to be killed");
+    ensure!(cri.wait(&container).await?.exit_code == 137);
+    for attempt in 0.. {
+        if cri.pod_status(&pod).await?.state() == PodSandboxState::SandboxNotready {
+            break;
+        }
+        ensure!(attempt < 100, "the pod is still ready: {}", node.containerd_log());
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    cri.remove_pod(&pod).await.with_context(|| node.containerd_log())?;
+    before.assert_nothing_added()
+}
