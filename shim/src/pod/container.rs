@@ -368,6 +368,10 @@ impl Container {
             return size.change(machine, change, async { Ok(()) }).await;
         }
         spec::resources(Some(&mut resources));
+        if let Some(resources) = resources.as_object_mut() {
+            // containerd repeats all of the container's resources. The rules for devices are among them, and never change.
+            resources.remove("devices");
+        }
         let request = v1::UpdateContainerRequest {
             container_id: self.id.clone(),
             resources: resources.to_string().into_bytes(),
