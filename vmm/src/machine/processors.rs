@@ -60,6 +60,14 @@ pub struct Processors {
     max: u8,
 }
 
+/// Has KVM find the processor when another one sends it an interrupt. KVM makes its map of the interrupt controllers
+/// while a new processor is not in its list yet, and drops what is sent to one that is not in the map, the first INIT
+/// too. It makes the map anew when the state of a controller is set.
+fn make_reachable(vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
+    let failed = |source| VcpuError::Kvm { id, what: "connecting its interrupt controller", source };
+    vcpu.get_lapic().and_then(|state| vcpu.set_lapic(&state)).map_err(failed)
+}
+
 impl Processors {
     pub(super) fn new(
         kvm: &Kvm,
@@ -120,6 +128,7 @@ impl Processors {
         for id in (0..count).skip(has) {
             let vcpu = self.create(id)?;
             self.as_firmware_leaves_it(&vcpu, id)?;
+            make_reachable(&vcpu, id)?;
             self.start(id, vcpu)?;
         }
         Ok(())
