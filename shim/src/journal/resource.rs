@@ -187,16 +187,14 @@ fn gone(result: io::Result<()>, action: &'static str, path: &Path) -> Result<(),
 /// Removes a claim, if it is `owner`'s. Nobody else removes it meanwhile, and none but its owner could make it anew.
 fn give_back(path: &Path, owner: &Path) -> Result<(), UndoError> {
     match fs::read_link(path) {
-        Ok(target) if target == owner => {
-            gone(fs::remove_file(path), "remove", path)?;
-            // The last one takes the directory with it.
-            let _ = path.parent().map(fs::remove_dir);
-            Ok(())
-        }
+        Ok(target) if target == owner => gone(fs::remove_file(path), "remove", path)?,
         // Not a link: nobody's claim.
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
-        other => gone(other.map(drop), "read", path),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(()),
+        other => gone(other.map(drop), "read", path)?,
     }
+    // The last one takes the directory with it, and so does one who died between the directory and the claim.
+    let _ = path.parent().map(fs::remove_dir);
+    Ok(())
 }
 
 /// Takes every mount away that was stacked at `path`, and what is mounted below. Who still has a file open in it gets a

@@ -35,12 +35,12 @@ impl IdRange {
     pub fn claim(journal: &mut Journal, directory: &Path, pod: &Path) -> Result<IdRange, ShareError> {
         let failed = |source| ShareError::Io { action: "claim ids in", path: directory.to_owned(), source };
         loop {
-            fs::create_dir_all(directory).map_err(failed)?;
             let taken = taken(directory).map_err(failed)?;
             let free = (0..RANGES).find(|index| !taken.contains(index));
             let index = free.ok_or(ShareError::NoIds)?;
             let path = directory.join(index.to_string());
             journal.record(Resource::Claim { path: path.clone(), owner: pod.to_owned() })?;
+            fs::create_dir_all(directory).map_err(failed)?;
             // A link appears together with what it says, and for one of all who try.
             match symlink(pod, &path) {
                 Ok(()) => return Ok(IdRange { first: BASE + index * COUNT, count: COUNT }),
@@ -101,6 +101,17 @@ mod tests {
         assert_eq!(fs::read_link(&claim).unwrap(), Path::new("/other"));
         Resource::Claim { path: claim.clone(), owner: "/other".into() }.undo().unwrap();
         assert!(fs::symlink_metadata(claim).is_err());
+    }
+
+    #[test]
+    fn a_claim_that_was_not_made_takes_the_directory_that_was() {
+        let root = tempfile::tempdir().unwrap();
+        let claims = root.path().join("ids");
+        fs::create_dir(&claims).unwrap();
+        Resource::Claim { path: claims.join("0"), owner: "/ours".into() }.undo().unwrap();
+        assert!(!claims.exists());
+        // Nothing at all is there.
+        Resource::Claim { path: claims.join("0"), owner: "/ours".into() }.undo().unwrap();
     }
 
     #[test]
