@@ -30,6 +30,7 @@ use self::console::Console;
 use crate::config;
 use crate::journal::{Journal, JournalError};
 use crate::network::Card;
+use crate::phases::Phases;
 use crate::share::IdRange;
 use crate::sizing::Shape;
 
@@ -158,7 +159,11 @@ impl Machine {
     ///
     /// # Errors
     /// When any of it fails. What was made is in the record by then; the process is killed.
-    pub async fn boot(mut plan: Plan<'_>, journal: &mut Journal) -> Result<Machine, MachineError> {
+    pub async fn boot(
+        mut plan: Plan<'_>,
+        journal: &mut Journal,
+        phases: &mut Phases,
+    ) -> Result<Machine, MachineError> {
         let console = Console::default();
         let vmm::Started { mut child, pid, pidfd, mut client, listener } =
             vmm::start(&plan, journal, &console)?;
@@ -171,6 +176,7 @@ impl Machine {
             }
         });
         let guard = KillOnDrop(&pidfd);
+        phases.done("vmm");
         let (config, files) = vmm::machine(&mut plan, listener, &console)?;
         let created = tokio::task::spawn_blocking(move || {
             let descriptors: Vec<_> = files.iter().map(std::os::fd::AsFd::as_fd).collect();
@@ -182,7 +188,9 @@ impl Machine {
         if let Err(source) = result {
             return Err(MachineError::Vmm { source, said: console.tail().await });
         }
+        phases.done("machine");
         let agent = find_agent(&plan.socket, ended.clone(), &console).await?;
+        phases.done("guest");
         std::mem::forget(guard);
         let control = Arc::new(Mutex::new(Control(client)));
         Ok(Machine { pid, pidfd, control, agent, ended, console })

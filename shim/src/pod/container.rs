@@ -18,6 +18,7 @@ use super::spec::{self, Place};
 use crate::bundle::Spec;
 use crate::id::Id;
 use crate::log::one_line;
+use crate::phases::Phases;
 use crate::share::Mount;
 use crate::sizing::{Change, Demand, Limits};
 use crate::streams::{Stdio, Streams};
@@ -116,10 +117,12 @@ impl Container {
     }
 
     async fn make(&self, new: NewContainer, id: Id, spec: Spec, member: bool) -> Result<(), PodError> {
+        let mut phases = Phases::begin();
         let limits = spec::limits(&spec.config)?.apply(Limits::default());
         let name = spec.name().unwrap_or(&new.id);
         let add = |demand: &mut Demand| demand.add(name, &new.id, limits);
         self.sandbox.size().await.grow(self.sandbox.machine(), add).await?;
+        phases.done("size");
         let directory = self.sandbox.guest_path(id.as_str());
         let (root, shm) = (format!("{directory}/rootfs"), self.sandbox.guest_shm());
         let (names, files) = (self.sandbox.names(), self.sandbox.files());
@@ -137,6 +140,7 @@ impl Container {
                 Ok(())
             })
             .await?;
+        phases.done("share");
         let request = v1::CreateContainerRequest {
             id: new.id,
             spec: guest.json,
@@ -145,7 +149,11 @@ impl Container {
             streams: Some(new.stdio.selection()),
         };
         let made = self.sandbox.containers().create_container(with_deadline(request, LONG)).await?;
-        self.attach(&self.init, made.into_inner().streams).await
+        phases.done("guest");
+        self.attach(&self.init, made.into_inner().streams).await?;
+        phases.done("streams");
+        tracing::info!(container = self.id, %phases, "created");
+        Ok(())
     }
 
     async fn attach(&self, process: &Process, ids: Option<v1::StreamIds>) -> Result<(), PodError> {
@@ -235,8 +243,11 @@ impl Container {
             return Ok(());
         }
         if process.exec.is_empty() {
+            let mut phases = Phases::begin();
             let request = v1::StartContainerRequest { container_id: self.id.clone() };
             self.sandbox.containers().start_container(with_deadline(request, LONG)).await?;
+            phases.done("guest");
+            tracing::info!(container = self.id, %phases, "started");
             return Ok(());
         }
         let spec = self.execs().get(&process.exec).map(|exec| exec.spec.clone());

@@ -13,6 +13,7 @@ use crate::directory::{DirectoryError, PodDirectory};
 use crate::journal::{Journal, ProcessId, Resource};
 use crate::log::one_line;
 use crate::network::{self, Attached};
+use crate::phases::Phases;
 use crate::share::{self, IdRange, Mount, Owners, Share};
 
 /// In the pod's directory: the process that owns it, for whoever has to end that.
@@ -40,6 +41,8 @@ pub struct Made {
     pub network: Option<Attached>,
     /// The pod's record.
     pub journal: Journal,
+    /// How long each part took, and what was before.
+    pub phases: Phases,
 }
 
 impl HostSide {
@@ -52,10 +55,11 @@ impl HostSide {
         settings: &Settings,
         wanted: &SandboxSpec,
         rootfs: &[Mount],
+        phases: Phases,
     ) -> Result<(HostSide, Made), PodError> {
         let directory = PodDirectory::create(&settings.root, &settings.namespace, &settings.id)?;
         let mut host = HostSide { directory, cgroup: None };
-        match host.fill(wanted, rootfs) {
+        match host.fill(wanted, rootfs, phases) {
             Ok(made) => Ok((host, made)),
             Err(error) => {
                 if let Err(left) = host.undo() {
@@ -66,22 +70,26 @@ impl HostSide {
         }
     }
 
-    fn fill(&mut self, wanted: &SandboxSpec, rootfs: &[Mount]) -> Result<Made, PodError> {
+    fn fill(&mut self, wanted: &SandboxSpec, rootfs: &[Mount], mut phases: Phases) -> Result<Made, PodError> {
         let mut journal = self.directory.journal()?;
         let path = self.directory.path().to_owned();
         write_owner(&path, &mut journal)?;
         for (name, text) in &wanted.files {
             write_file(&path.join(name), text, &mut journal)?;
         }
+        phases.done("directory");
         if !wanted.cgroups_path.is_empty() {
             let cgroup = Cgroup::make(&mut journal, &Layout::of_host()?, &wanted.cgroups_path)?;
             self.cgroup.insert(cgroup).join(0)?;
         }
+        phases.done("cgroup");
         let ids = choose_ids(&path, &mut journal, rootfs)?;
         let share = Share::make(&mut journal, &path, ids.map_or(Owners::Host, Owners::Mapped))?;
+        phases.done("share");
         let namespace = wanted.network_namespace.as_deref();
         let network = namespace.map(|namespace| network::attach(&mut journal, namespace)).transpose()?;
-        Ok(Made { share, ids, network, journal })
+        phases.done("network");
+        Ok(Made { share, ids, network, journal, phases })
     }
 
     /// The pod's directory.

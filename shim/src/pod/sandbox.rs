@@ -18,6 +18,7 @@ use crate::events::{Event, Events};
 use crate::journal::Journal;
 use crate::log::one_line;
 use crate::machine::{Machine, Plan, SHARE_TAG};
+use crate::phases::Phases;
 use crate::share::{Mount, Share};
 use crate::sizing::{Change, Demand, Limits};
 
@@ -58,15 +59,17 @@ impl Sandbox {
         wanted: SandboxSpec,
         rootfs: Vec<Mount>,
     ) -> Result<Sandbox, PodError> {
+        let mut phases = Phases::begin();
         let config = Config::read(&settings.config)?.for_pod(&wanted.annotations)?;
         let limits = wanted.limits.apply(Limits::default());
         let limits = Change::of_annotations(&wanted.annotations)?.apply(limits);
         let size = PodSize::new(config.sizing, Demand::new(limits))?;
         let has_files = !wanted.files.is_empty();
         let (for_host, wanted_there) = (settings.clone(), wanted.clone());
-        let (host, made) =
-            tokio::task::spawn_blocking(move || HostSide::make(&for_host, &wanted_there, &rootfs)).await??;
-        let Made { share, ids, network, mut journal } = made;
+        phases.done("configuration");
+        let make = move || HostSide::make(&for_host, &wanted_there, &rootfs, phases);
+        let (host, made) = tokio::task::spawn_blocking(make).await??;
+        let Made { share, ids, network, mut journal, mut phases } = made;
         let (cards, network) = network.map(|attached| (attached.cards, attached.description)).unzip();
         let started = async {
             let plan = Plan {
@@ -79,11 +82,15 @@ impl Sandbox {
                 socket: host.short_path("vsock"),
                 socket_record: host.path().join("vsock"),
             };
-            let machine = Machine::boot(plan, &mut journal).await?;
+            let machine = Machine::boot(plan, &mut journal, &mut phases).await?;
             let mut request = request(settings, wanted, size.shape().boot.vcpus);
             request.network = network.as_ref().map(Into::into);
             match machine.agent().sandbox().create_sandbox(with_deadline(request, CREATE)).await {
-                Ok(names) => Ok((machine, names.into_inner())),
+                Ok(names) => {
+                    phases.done("sandbox");
+                    tracing::info!(%phases, pid = machine.pid(), "the pod is up");
+                    Ok((machine, names.into_inner()))
+                }
                 Err(status) => {
                     machine.kill();
                     machine.ended().await;
