@@ -34,9 +34,6 @@ pub enum OptionsError {
     /// The message in it is another.
     #[error("read {TYPE}")]
     Decode(#[from] prost::DecodeError),
-    /// The options of another runtime.
-    #[error("{0:?} are another runtime's: this one takes {TYPE}")]
-    Type(String),
     /// Options in another form.
     #[error("they are not text")]
     Text(#[from] std::string::FromUtf8Error),
@@ -52,17 +49,15 @@ pub enum HandlerConfig {
 }
 
 impl HandlerConfig {
-    /// From what containerd writes to standard input; empty: none.
+    /// From what containerd writes to standard input; empty: none. Options of runc's are none, either: containerd 2
+    /// makes them up for containers of any runtime.
     ///
     /// # Errors
-    /// When it is anything but options for this runtime.
+    /// When they can't be read.
     pub fn from_stdin(bytes: &[u8]) -> Result<Option<HandlerConfig>, OptionsError> {
         let any = Any::parse_from_bytes(bytes)?;
-        if any.type_url.is_empty() {
-            return Ok(None);
-        }
         if !any.type_url.ends_with(TYPE) {
-            return Err(OptionsError::Type(any.type_url));
+            return Ok(None);
         }
         let options = RuntimeOptions::decode(&*any.value)?;
         Ok(if !options.config_path.is_empty() {
@@ -112,6 +107,7 @@ mod tests {
             assert_eq!(read(name, &RuntimeOptions::default()).unwrap(), None);
         }
         assert_eq!(HandlerConfig::from_stdin(b"").unwrap(), None);
+        assert_eq!(read("containerd.runc.v1.Options", &both).unwrap(), None);
         let extension = Extension { value: MessageField::some(any(TYPE, &path)), ..Extension::default() };
         let params = BootstrapParams { extensions: vec![extension], ..BootstrapParams::default() };
         let read = HandlerConfig::from_params(&params).unwrap();
@@ -121,8 +117,6 @@ mod tests {
 
     #[test]
     fn what_is_something_else_is_refused() {
-        let other = read("containerd.runc.v1.Options", &RuntimeOptions::default());
-        assert!(matches!(other, Err(OptionsError::Type(_))));
         assert!(matches!(HandlerConfig::from_stdin(b"nonsense"), Err(OptionsError::Envelope(_))));
         let binary = RuntimeOptions { config_body: vec![0xff], ..RuntimeOptions::default() };
         assert!(matches!(read(TYPE, &binary), Err(OptionsError::Text(_))));

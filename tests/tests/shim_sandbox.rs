@@ -41,18 +41,7 @@ async fn a_pod_needs_no_pause_container() -> Result<()> {
 
     let sleeper = cri::container_config("one", BUSYBOX_IMAGE, &["sleep", "1000"]);
     let one = cri.run_container(&pod, sleeper).await.with_context(|| node.containerd_log())?;
-    ensure!(said(&mut cri, &one, "hostname; cat /etc/hostname").await? == "shim-sandbox\nshim-sandbox\n");
-    ensure!(said(&mut cri, &one, "grep -c localhost /etc/hosts").await?.trim() != "0");
-    said(&mut cri, &one, "test -e /etc/resolv.conf").await?;
-    let seen = said(&mut cri, &one, "ip -4 -o address show eth0; uname -r").await?;
-    ensure!(seen.contains(&address), "the container sees {seen:?}, not {address}");
-    ensure!(!seen.contains(std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()), "{seen}");
-
-    let brief =
-        cri::container_config("brief", BUSYBOX_IMAGE, &["sh", "-c", "echo x > /dev/shm/file; exit 9"]);
-    let brief = cri.run_container(&pod, brief).await?;
-    ensure!(cri.wait(&brief).await?.exit_code == 9);
-    ensure!(said(&mut cri, &one, "cat /dev/shm/file").await? == "x\n");
+    ensure!(said(&mut cri, &one, "hostname").await? == "shim-sandbox\n");
     cri.remove_pod(&pod).await.with_context(|| node.containerd_log())?;
     before.assert_nothing_added()
 }
