@@ -178,5 +178,6 @@ fn processors_and_devices_make_few_calls() {
     let driven = filters::guest_driven().len();
     assert!(driven <= 34, "{driven} calls that a guest can cause");
     let all = allowed_calls(Thread::Devices).len();
-    assert!(all <= 54, "{all} calls with those that only a controller can cause");
+    // capget and capset among them: the thread of a later processor drops capabilities, which it has none of by then.
+    assert!(all <= 56, "{all} calls with those that only a controller can cause");
 }
