@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{cri::Cri, ctr::Ctr, leaks};
 
@@ -38,6 +38,11 @@ const CGROUPS: [&str; 2] = [POD_CGROUP, "/default"];
 /// In containerd's directory: after how many lines of its record a shim is to kill itself.
 pub const FAILPOINT: &str = "failpoint";
 
+/// In containerd's directory: an empty file system.
+const SCRATCH: &str = "scratch.ext4";
+/// Its size in bytes: enough for busybox.
+const SCRATCH_SIZE: u64 = 16 << 20;
+
 /// How long containerd may take to answer, on an emulated machine.
 const START: Duration = Duration::from_secs(90);
 /// How long it may take to end after SIGTERM before it is killed.
@@ -47,7 +52,10 @@ const STOP: Duration = Duration::from_secs(20);
 const CONFIG_V2: &str = include_str!("../../deploy/containerd/config-v2.toml");
 const CONFIG_V3: &str = include_str!("../../deploy/containerd/config-v3.toml");
 
-/// The pods' network: a bridge, with published ports.
+/// The pods' bridge.
+pub const BRIDGE: &str = "caisson-e2e0";
+
+/// The pods' network: a bridge with both families, and published ports.
 const CNI_CONFIG: &str = r#"{
   "cniVersion": "1.0.0",
   "name": "caisson-e2e",
@@ -58,8 +66,9 @@ const CNI_CONFIG: &str = r#"{
       "isGateway": true,
       "ipMasq": true,
       "hairpinMode": true,
-      "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.244.77.0/24" }]],
-                "routes": [{ "dst": "0.0.0.0/0" }] }
+      "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.244.77.0/24" }],
+                                                   [{ "subnet": "fd77::/64" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] }
     },
     { "type": "portmap", "capabilities": { "portMappings": true } }
   ]
@@ -89,6 +98,7 @@ impl Containerd {
         }
         fs::write(dir.join("cni/10-caisson-e2e.conflist"), CNI_CONFIG)?;
         write_config(dir, version()?)?;
+        scratch(&dir.join(SCRATCH))?;
 
         let log = File::create(dir.join("containerd.log"))?;
         let mut command = Command::new("containerd");
@@ -159,7 +169,7 @@ impl Containerd {
             thread::sleep(Duration::from_millis(50));
         }
         // Absent unless a pod ran.
-        Command::new("ip").args(["link", "delete", "caisson-e2e0"]).stderr(Stdio::null()).status()?;
+        Command::new("ip").args(["link", "delete", BRIDGE]).stderr(Stdio::null()).status()?;
         leaks::unmount_below(&self.dir)?;
         CGROUPS.into_iter().try_for_each(|cgroup| leaks::remove_cgroup(&cgroup_path(cgroup)))
     }
@@ -193,6 +203,16 @@ impl Drop for Containerd {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Makes the empty file system that the snapshotter for images of file systems begins with.
+fn scratch(path: &Path) -> Result<()> {
+    File::create(path)?.set_len(SCRATCH_SIZE)?;
+    let mut command = Command::new("mkfs.ext4");
+    command.args(["-q", "-O", "^has_journal"]).arg(path);
+    let made = crate::ctr::run(&mut command)?;
+    ensure!(made.code == 0, "mkfs.ext4: {}", made.stderr);
+    Ok(())
 }
 
 /// Where a cgroup's directory is.
@@ -256,7 +276,9 @@ fn config(dir: &Path, (major, minor): (u32, u32)) -> (String, Option<&'static st
     let dir = dir.display();
     let common = format!(
         "root = '{dir}/root'\nstate = '{dir}/state'\n[grpc]\naddress = '{dir}/containerd.sock'\n\
-         [ttrpc]\naddress = '{dir}/containerd.sock.ttrpc'\n"
+         [ttrpc]\naddress = '{dir}/containerd.sock.ttrpc'\n\
+         [plugins.'io.containerd.snapshotter.v1.blockfile']\n\
+         scratch_file = '{dir}/{SCRATCH}'\nfs_type = 'ext4'\nmount_options = []\n"
     );
     if major < 2 {
         let tables = CONFIG_V2.replacen("version = 2\n", "", 1);

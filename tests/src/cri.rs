@@ -6,9 +6,9 @@ mod proto {
     tonic::include_proto!("runtime.v1");
 }
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hyper_util::rt::TokioIo;
 pub use proto::*;
 use tokio::net::UnixStream;
@@ -16,7 +16,11 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 use self::runtime_service_client::RuntimeServiceClient;
-use crate::containerd::POD_CGROUP;
+use crate::{
+    containerd::{BRIDGE, POD_CGROUP},
+    leaks::Holdings,
+    streaming::Streams,
+};
 
 /// A connection to containerd's CRI plugin.
 #[derive(Clone, Debug)]
@@ -135,9 +139,66 @@ impl Cri {
     /// # Errors
     /// CRI's own; a command that exits with another code than 0 is not one.
     pub async fn exec(&mut self, container: &str, cmd: &[&str]) -> Result<ExecSyncResponse> {
+        Ok(self.exec_within(container, cmd, 60).await.context("ExecSync")?)
+    }
+
+    /// Runs a command in a container, for so many seconds at most.
+    ///
+    /// # Errors
+    /// CRI's own status.
+    pub async fn exec_within(
+        &mut self,
+        container: &str,
+        cmd: &[&str],
+        timeout: i64,
+    ) -> Result<ExecSyncResponse, tonic::Status> {
         let cmd = cmd.iter().map(ToString::to_string).collect();
-        let request = ExecSyncRequest { container_id: container.into(), cmd, timeout: 60 };
-        Ok(self.client.exec_sync(request).await.context("ExecSync")?.into_inner())
+        let request = ExecSyncRequest { container_id: container.into(), cmd, timeout };
+        Ok(self.client.exec_sync(request).await?.into_inner())
+    }
+
+    /// What a script in a container prints.
+    ///
+    /// # Errors
+    /// CRI's own, and when it exits with anything but 0.
+    pub async fn said(&mut self, container: &str, script: &str) -> Result<String> {
+        let reply = self.exec(container, &["sh", "-c", script]).await?;
+        let (out, err) =
+            (String::from_utf8(reply.stdout)?, String::from_utf8_lossy(&reply.stderr).into_owned());
+        ensure!(reply.exit_code == 0, "{script:?} exited with {}: {out}{err}", reply.exit_code);
+        Ok(out)
+    }
+
+    /// Starts a command in a container, with its streams, as `kubectl exec -i` and, with a terminal, `-it`.
+    ///
+    /// # Errors
+    /// CRI's own, and when the streams can't be opened.
+    pub async fn exec_streams(&mut self, container: &str, cmd: &[&str], tty: bool) -> Result<Streams> {
+        let cmd = cmd.iter().map(ToString::to_string).collect();
+        let container_id = container.into();
+        let request = ExecRequest { container_id, cmd, tty, stdin: true, stdout: true, stderr: !tty };
+        Streams::open(&self.client.exec(request).await.context("Exec")?.into_inner().url).await
+    }
+
+    /// Opens the streams of a container's own process.
+    ///
+    /// # Errors
+    /// CRI's own, and when the streams can't be opened.
+    pub async fn attach(&mut self, container: &str, tty: bool) -> Result<Streams> {
+        let container_id = container.into();
+        let request = AttachRequest { container_id, stdin: true, tty, stdout: true, stderr: !tty };
+        Streams::open(&self.client.attach(request).await.context("Attach")?.into_inner().url).await
+    }
+
+    /// Connects to a port in a pod, as `kubectl port-forward`: bytes go and come on the streams' channel 0, an error on
+    /// channel 1, each behind two bytes with the port.
+    ///
+    /// # Errors
+    /// CRI's own, and when the streams can't be opened.
+    pub async fn port_forward(&mut self, pod: &Pod, port: u16) -> Result<Streams> {
+        let request = PortForwardRequest { pod_sandbox_id: pod.id.clone(), port: vec![port.into()] };
+        let url = self.client.port_forward(request).await.context("PortForward")?.into_inner().url;
+        Streams::open(&format!("{url}?port={port}")).await
     }
 
     /// A container's status.
@@ -148,6 +209,64 @@ impl Cri {
         let request = ContainerStatusRequest { container_id: container.into(), verbose: false };
         let reply = self.client.container_status(request).await.context("ContainerStatus")?;
         reply.into_inner().status.context("ContainerStatus without a status")
+    }
+
+    /// A pod's first address.
+    ///
+    /// # Errors
+    /// CRI's own, or when it has none.
+    pub async fn address(&mut self, pod: &Pod) -> Result<String> {
+        self.pod_status(pod).await?.network.map(|network| network.ip).context("the pod has no address")
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn container_stats(&mut self, container: &str) -> Result<ContainerStats> {
+        let request = ContainerStatsRequest { container_id: container.into() };
+        let reply = self.client.container_stats(request).await.context("ContainerStats")?;
+        reply.into_inner().stats.context("ContainerStats without any")
+    }
+
+    /// What a pod uses.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn pod_stats(&mut self, pod: &Pod) -> Result<LinuxPodSandboxStats> {
+        let request = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+        let reply = self.client.pod_sandbox_stats(request).await.context("PodSandboxStats")?;
+        reply.into_inner().stats.and_then(|stats| stats.linux).context("PodSandboxStats without any")
+    }
+
+    /// Changes a running container's limits.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn update(&mut self, container: &str, linux: LinuxContainerResources) -> Result<()> {
+        let request = UpdateContainerResourcesRequest { container_id: container.into(), linux: Some(linux) };
+        self.client.update_container_resources(request).await.context("UpdateContainerResources")?;
+        Ok(())
+    }
+
+    /// Ends a container: SIGTERM, and SIGKILL after so many seconds.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn stop_container(&mut self, container: &str, timeout: i64) -> Result<()> {
+        let request = StopContainerRequest { container_id: container.into(), timeout };
+        self.client.stop_container(request).await.context("StopContainer")?;
+        Ok(())
+    }
+
+    /// Removes a container that has ended.
+    ///
+    /// # Errors
+    /// CRI's own.
+    pub async fn remove_container(&mut self, container: &str) -> Result<()> {
+        let request = RemoveContainerRequest { container_id: container.into() };
+        self.client.remove_container(request).await.context("RemoveContainer")?;
+        Ok(())
     }
 
     /// Waits until a container has exited, and returns its last status.
@@ -164,6 +283,19 @@ impl Cri {
         }
         bail!("container {container} is still running after a minute")
     }
+}
+
+/// Runs and removes a pod of runc's: the first pod of all makes the pods' bridge, which stays by design. Returns what the
+/// machine holds after it, for a test that is to leave nothing.
+///
+/// # Errors
+/// CRI's own.
+pub async fn with_bridge(cri: &mut Cri) -> Result<Holdings> {
+    if !Path::new("/sys/class/net").join(BRIDGE).exists() {
+        let first = cri.run_pod(pod_config("bridge-maker"), "runc").await?;
+        cri.remove_pod(&first).await?;
+    }
+    Holdings::now()
 }
 
 async fn dial(socket: PathBuf) -> std::io::Result<TokioIo<UnixStream>> {

@@ -5,6 +5,7 @@
 //! | [`node`] | the machine under test: its containerd, the products and images that the runner handed over |
 //! | [`containerd`] | a private containerd: configuration for 1.7 and 2.x, start, images, stop |
 //! | [`cri`] | a small CRI client, the kubelet's side |
+//! | [`streaming`] | the streams that CRI serves beside its calls: exec, attach, port-forward |
 //! | [`ctr`] | containerd's own client, as a person types it |
 //! | [`cost`] | the time of each call of a pod's life, the memory of its processes |
 //! | [`agent`] | the agent as a plain process, and a client of it |
@@ -34,5 +35,6 @@ pub mod net;
 pub mod node;
 pub mod oci;
 pub mod pod_vm;
+pub mod streaming;
 pub mod vmm;
 pub mod vsock;

@@ -1,11 +1,20 @@
 //! The `Storages` service.
 
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use caisson_protocol::v1::{self as proto, storages_server};
 use tonic::{Request, Response, Status};
 
 use super::{Shared, blocking};
+
+/// The number of a block device's node; zeros for anything else.
+fn block_number(path: &Path) -> (u32, u32) {
+    let device = fs::metadata(path).ok().filter(|found| found.file_type().is_block_device());
+    device.map_or((0, 0), |device| (libc::major(device.rdev()), libc::minor(device.rdev())))
+}
 
 #[derive(Clone)]
 pub(super) struct Service(pub(super) Arc<Shared>);
@@ -19,7 +28,9 @@ impl storages_server::Storages for Service {
         self.0.state.accepting()?;
         let storage = request.into_inner().storage.unwrap_or_default();
         let path = self.0.mount(storage, String::new()).await?;
-        Ok(Response::new(proto::MountStorageResponse { path: path.to_string_lossy().into_owned() }))
+        let (major, minor) = block_number(&path);
+        let path = path.to_string_lossy().into_owned();
+        Ok(Response::new(proto::MountStorageResponse { path, major, minor }))
     }
 
     async fn unmount_storage(

@@ -33,6 +33,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 const MEMORY_SLOT: u8 = 1;
 /// Slots that are empty at first, for what is plugged later.
 const EMPTY_SLOTS: u8 = 8;
+/// The size of the guest's huge pages.
+const HUGE_PAGE_MIB: u64 = 2;
 /// The guest's context id. Each machine has a socket device of its own, so all may have the same.
 const GUEST_CID: u32 = 3;
 
@@ -80,6 +82,11 @@ pub(super) fn start(
         .map_err(|errno| host("watch the VMM's process")(errno.into()))?;
     let client = control::Client::new(ours);
     Ok(Started { child, pid: pid.unsigned_abs(), pidfd, client, listener })
+}
+
+/// The kernel's. Huge pages that a container maps are taken from free memory when it does: none are kept for it before.
+fn command_line(memory_mib: u64) -> String {
+    format!("{COMMAND_LINE} sysctl.vm.nr_overcommit_hugepages={}", memory_mib / HUGE_PAGE_MIB)
 }
 
 fn jail_file(plan: &Plan<'_>) -> Result<String, MachineError> {
@@ -145,7 +152,7 @@ pub(super) fn machine(
         kernel: KernelConfig {
             image: FileSource::Descriptor(1),
             initramfs: Some(FileSource::Descriptor(2)),
-            command_line: COMMAND_LINE.into(),
+            command_line: command_line(shape.boot.memory_mib.saturating_add(shape.hotplug_mib)),
             protocol: Default::default(),
         },
         memory: MemoryConfig {

@@ -6,6 +6,7 @@
 //! | `list`, `description` | what it has; how the agent is told of it |
 //! | `tap` | tap devices |
 //! | `redirect` | joining two interfaces |
+//! | `loopback`, `bpf` | what the host says to the pod's loopback, led to the guest |
 //!
 //! CNI plugins know of namespaces and not of machines. So each interface that they have made stays where it is, with
 //! its addresses, routes and counters, by which CRI tells a pod's traffic and plugins find what is theirs. A tap device is
@@ -17,8 +18,10 @@
 //! and itself in case it is held, is in the [journal](crate::journal). All calls block, each on a thread of its own
 //! that enters the namespace: not for an executor's threads.
 
+mod bpf;
 mod description;
 mod list;
+mod loopback;
 mod namespace;
 mod redirect;
 mod tap;
@@ -39,6 +42,7 @@ use crate::journal::{Journal, JournalError, Resource};
 use namespace::Namespace;
 
 pub use description::{Description, Interface, Mac, Neighbour, Prefix, Route, Scope};
+pub use loopback::Loopback;
 pub use namespace::NamespaceId;
 
 /// What the names of tap devices begin with; the number of the interface that each is for follows.
@@ -69,6 +73,9 @@ pub enum NetworkError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// The kernel has no means to lead connections to the pod's loopback into the guest.
+    #[error("lead connections to the pod's loopback into the guest")]
+    Loopback(#[source] io::Error),
     /// There is no thread to enter it with.
     #[error("start a thread for a network namespace")]
     Thread(#[source] io::Error),
@@ -115,6 +122,8 @@ pub struct Attached {
     pub description: Description,
     /// One card for each of its interfaces, in the same order.
     pub cards: Vec<Card>,
+    /// Connections to its loopback; none when the kernel can't lead them.
+    pub loopback: Option<Loopback>,
 }
 
 /// Joins all interfaces of the namespace at `path` with tap devices. CNI has to be done with it.
@@ -128,6 +137,10 @@ pub fn attach(journal: &mut Journal, path: &Path) -> Result<Attached, NetworkErr
         return Err(NetworkError::HostNetwork);
     }
     let id = namespace.id.clone();
+    let loopback = Loopback::listen(&namespace).inspect_err(|error| {
+        let why = std::error::Error::source(error).map(ToString::to_string);
+        tracing::warn!(%error, why, "port-forward will find nobody");
+    });
     namespace.within(async move || {
         let link = Link::open()?;
         let description = list::describe(&link).await?;
@@ -136,7 +149,7 @@ pub fn attach(journal: &mut Journal, path: &Path) -> Result<Attached, NetworkErr
             let tap = join(&link, journal, &id, interface).await?;
             cards.push(Card { interface: interface.clone(), tap });
         }
-        Ok(Attached { description, cards })
+        Ok(Attached { description, cards, loopback: loopback.ok() })
     })
 }
 

@@ -319,3 +319,21 @@ fn a_namespace_with_nothing_but_loopback_is_a_network() {
     assert!(attached.cards.is_empty());
     assert_eq!(attached.description, Description::default());
 }
+
+#[test]
+fn whoever_connects_to_any_port_of_the_loopback_is_heard() {
+    let netns = Netns::new();
+    let loopback = Loopback::listen(&Namespace::open(&netns.path).unwrap()).unwrap();
+    for (address, port) in [("127.0.0.1", 80), ("::1", 4321)] {
+        let client = netns.work(move || TcpStream::connect((address, port)).unwrap());
+        loopback.listener().set_nonblocking(false).unwrap();
+        let (connection, from) = loopback.listener().accept().unwrap();
+        assert_eq!(connection.local_addr().unwrap().port(), port);
+        assert_eq!(from.port(), client.local_addr().unwrap().port());
+    }
+    drop(loopback);
+    assert!(
+        netns.work(|| TcpStream::connect("127.0.0.1:80")).is_err(),
+        "connections are still led somewhere"
+    );
+}

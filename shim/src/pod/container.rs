@@ -11,15 +11,17 @@ use caisson_protocol::v1;
 use serde_json::Value;
 use tonic::Code;
 
+use super::disks::{self, Wanted};
 use super::error::PodError;
 use super::process::{Exit, Process, Status};
 use super::sandbox::Sandbox;
-use super::spec::{self, Place};
+use super::spec::{self, Bind, GuestSpec, Place};
+use super::volumes::StandIn;
 use crate::bundle::Spec;
 use crate::id::Id;
 use crate::log::one_line;
 use crate::phases::Phases;
-use crate::share::Mount;
+use crate::share::{Disk, Mount};
 use crate::sizing::{Change, Demand, Limits};
 use crate::streams::{Stdio, Streams};
 
@@ -62,7 +64,17 @@ pub struct Container {
     share: Option<Id>,
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Exec>>,
+    disks: Mutex<Disks>,
     paused: AtomicBool,
+}
+
+/// The disks that are plugged for it.
+#[derive(Debug, Default)]
+struct Disks {
+    /// The slot of its root file system's.
+    root: Option<u8>,
+    /// Those that it has raw.
+    raw: Vec<Wanted>,
 }
 
 #[derive(Clone, Debug)]
@@ -81,6 +93,7 @@ impl Container {
             sandbox,
             share: None,
             execs: Mutex::default(),
+            disks: Mutex::default(),
             paused: AtomicBool::new(false),
         }
     }
@@ -105,6 +118,7 @@ impl Container {
             sandbox,
             share: Some(id.clone()),
             execs: Mutex::default(),
+            disks: Mutex::default(),
             paused: AtomicBool::new(false),
         };
         let made = container.make(new, id, spec, member).await;
@@ -129,11 +143,16 @@ impl Container {
         let place = Place { member, root: &root, binds: &directory, shm: &shm, files, names };
         let rootfs =
             if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, &spec.config)] } else { new.rootfs };
-        let guest = spec::container(spec.config, &place)?;
-        let binds = guest.binds;
+        let mut guest = spec::container(spec.config, &place)?;
+        let root_disk = self.plug_root(&rootfs).await?;
+        self.plug_devices(&mut guest).await?;
+        let binds = self.stand_ins(&mut guest).await?;
+        let shared_root = root_disk.is_none().then_some(rootfs);
         self.sandbox
             .with_share(move |share, journal| {
-                share.add_rootfs(journal, &id, &rootfs)?;
+                if let Some(rootfs) = shared_root {
+                    share.add_rootfs(journal, &id, &rootfs)?;
+                }
                 for bind in &binds {
                     share.add_volume(journal, &id, bind.index, &bind.volume)?;
                 }
@@ -143,9 +162,9 @@ impl Container {
         phases.done("share");
         let request = v1::CreateContainerRequest {
             id: new.id,
-            spec: guest.json,
-            rootfs_storage: String::new(),
-            storages: Vec::new(),
+            spec: serde_json::to_vec(&guest.spec).map_err(spec::SpecError::from)?,
+            rootfs_storage: root_disk.as_ref().map(|storage| storage.id.clone()).unwrap_or_default(),
+            storages: root_disk.into_iter().collect(),
             streams: Some(new.stdio.selection()),
         };
         let made = self.sandbox.containers().create_container(with_deadline(request, LONG)).await?;
@@ -154,6 +173,42 @@ impl Container {
         phases.done("streams");
         tracing::info!(container = self.id, %phases, "created");
         Ok(())
+    }
+
+    /// Gives the machine the disk that its root file system is on, if that is so; the guest then mounts it.
+    async fn plug_root(&self, rootfs: &[Mount]) -> Result<Option<v1::Storage>, PodError> {
+        let mounts = rootfs.to_owned();
+        let Some(disk) = tokio::task::spawn_blocking(move || Disk::of(&mounts)).await?? else {
+            return Ok(None);
+        };
+        let slot = disks::plug(self.sandbox.machine(), &disk.file, disk.device()).await?;
+        self.disks().root = Some(slot);
+        Ok(Some(disk.storage(&format!("root-{slot}"), slot.into())))
+    }
+
+    /// Gives the machine the block devices that it has raw.
+    async fn plug_devices(&self, guest: &mut GuestSpec) -> Result<(), PodError> {
+        let mut devices = Vec::new();
+        for (index, wanted) in guest.block_devices() {
+            let number = self.sandbox.raw_disks().take(self.sandbox.machine(), wanted).await?;
+            self.disks().raw.push(wanted);
+            devices.push((index, wanted, number));
+        }
+        guest.renumber(&devices);
+        Ok(())
+    }
+
+    /// Has the guest's own volumes take the place of the host's where that is better; returns those that are shared.
+    async fn stand_ins(&self, guest: &mut GuestSpec) -> Result<Vec<Bind>, PodError> {
+        let mut shared = Vec::new();
+        for bind in std::mem::take(&mut guest.binds) {
+            match self.sandbox.volumes().stand_in(self.sandbox.machine(), &bind.volume.source).await? {
+                Some(StandIn::Directory(path)) => guest.set_source(bind.index, &path),
+                Some(StandIn::HugePages(size)) => guest.set_huge_pages(bind.index, size),
+                None => shared.push(bind),
+            }
+        }
+        Ok(shared)
     }
 
     async fn attach(&self, process: &Process, ids: Option<v1::StreamIds>) -> Result<(), PodError> {
@@ -428,7 +483,24 @@ impl Container {
                 }
             }
         }
+        self.unplug_all().await?;
         self.sandbox.with_share(move |share, journal| Ok(share.remove(journal, &id)?)).await
+    }
+
+    async fn unplug_all(&self) -> Result<(), PodError> {
+        let Disks { root, raw } = std::mem::take(&mut *self.disks());
+        let machine = self.sandbox.machine();
+        if let Some(slot) = root {
+            disks::unplug(machine, slot).await?;
+        }
+        for wanted in raw {
+            self.sandbox.raw_disks().release(machine, wanted).await?;
+        }
+        Ok(())
+    }
+
+    fn disks(&self) -> MutexGuard<'_, Disks> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets a process that has ended or was never started.

@@ -126,7 +126,8 @@ impl HostSide {
 /// Ids of its own for the machine, where the pod's files can be shown as theirs.
 fn choose_ids(pod: &Path, journal: &mut Journal, rootfs: &[Mount]) -> Result<Option<IdRange>, PodError> {
     let range = IdRange::claim(journal, Path::new(IDS), pod)?;
-    if rootfs.is_empty() {
+    // The guest mounts a disk itself.
+    if rootfs.is_empty() || share::is_disk(rootfs)? {
         return Ok(Some(range));
     }
     let probe = pod.join(PROBE);

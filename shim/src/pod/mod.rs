@@ -6,6 +6,8 @@
 //! | [`host`] | the part of it that is on the host: directory, control group, share, network |
 //! | [`size`] | how large it is, as its containers come, go and change |
 //! | [`container`] | a container: its files, its configuration, its verbs |
+//! | [`disks`] | disks that come and go while the machine runs |
+//! | [`volumes`] | volumes that the guest has in place of the host's |
 //! | [`process`] | the life of a process as containerd sees it |
 //! | [`spec`] | the configuration of a container, rewritten for the guest |
 //! | [`bare`], [`cri`] | a pod of the sandbox API, and what CRI says of it |
@@ -17,12 +19,14 @@
 pub mod bare;
 pub mod container;
 pub mod cri;
+pub mod disks;
 pub mod error;
 pub mod host;
 pub mod process;
 pub mod sandbox;
 pub mod size;
 pub mod spec;
+pub mod volumes;
 
 use std::collections::HashMap;
 use std::path::PathBuf;

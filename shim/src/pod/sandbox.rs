@@ -6,13 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use caisson_protocol::client::with_deadline;
 use caisson_protocol::limits::MAX_MESSAGE;
 use caisson_protocol::v1::{self, containers_client::ContainersClient};
+use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
 use super::Settings;
+use super::disks::RawDisks;
 use super::error::PodError;
 use super::host::{HostSide, Made};
 use super::size::PodSize;
 use super::spec::SandboxSpec;
+use super::volumes::Volumes;
 use crate::config::Config;
 use crate::events::{Event, Events};
 use crate::journal::Journal;
@@ -47,6 +50,10 @@ pub struct Sandbox {
     files: Option<PathBuf>,
     /// Where the guest's agent has its storages.
     storages: String,
+    raw_disks: RawDisks,
+    volumes: Volumes,
+    /// Leads connections to the pod's loopback into the guest.
+    forwarding: Option<JoinHandle<()>>,
 }
 
 impl Sandbox {
@@ -70,21 +77,24 @@ impl Sandbox {
         let make = move || HostSide::make(&for_host, &wanted_there, &rootfs, phases);
         let (host, made) = tokio::task::spawn_blocking(make).await??;
         let Made { share, ids, network, mut journal, mut phases } = made;
-        let (cards, network) = network.map(|attached| (attached.cards, attached.description)).unzip();
+        let (mut cards, mut description, mut loopback) = (Vec::new(), None, None);
+        if let Some(attached) = network {
+            (cards, description, loopback) = (attached.cards, Some(attached.description), attached.loopback);
+        }
         let started = async {
             let plan = Plan {
                 programs: &config.machine,
                 shape: size.shape(),
                 share: share.path().to_owned(),
                 ids,
-                cards: cards.unwrap_or_default(),
+                cards,
                 directory: host.path(),
                 socket: host.short_path("vsock"),
                 socket_record: host.path().join("vsock"),
             };
             let machine = Machine::boot(plan, &mut journal, &mut phases).await?;
             let mut request = request(settings, wanted, size.shape().boot.vcpus);
-            request.network = network.as_ref().map(Into::into);
+            request.network = description.as_ref().map(Into::into);
             match machine.agent().sandbox().create_sandbox(with_deadline(request, CREATE)).await {
                 Ok(names) => {
                     phases.done("sandbox");
@@ -100,6 +110,7 @@ impl Sandbox {
         };
         match started.await {
             Ok((machine, names)) => Ok(Sandbox {
+                forwarding: loopback.and_then(|loopback| loopback.forward(machine.agent().clone()).ok()),
                 storages: format!("{}/storage", machine.agent().version().root),
                 machine,
                 files: has_files.then(|| host.path().to_owned()),
@@ -108,6 +119,8 @@ impl Sandbox {
                 host: Mutex::new(Some(host)),
                 journal: Arc::new(Mutex::new(journal)),
                 names,
+                raw_disks: RawDisks::default(),
+                volumes: Volumes::default(),
             }),
             Err(error) => {
                 if let Err(left) = undo(host).await {
@@ -141,6 +154,16 @@ impl Sandbox {
     /// The pod's namespaces in the guest.
     pub fn names(&self) -> &v1::CreateSandboxResponse {
         &self.names
+    }
+
+    /// Its disks that containers have raw.
+    pub fn raw_disks(&self) -> &RawDisks {
+        &self.raw_disks
+    }
+
+    /// Its volumes that the guest has of its own.
+    pub fn volumes(&self) -> &Volumes {
+        &self.volumes
     }
 
     /// A client for containers.
@@ -204,6 +227,9 @@ impl Sandbox {
     /// # Errors
     /// When something is left, which the record then still holds.
     pub async fn destroy(&self) -> Result<(), PodError> {
+        if let Some(forwarding) = &self.forwarding {
+            forwarding.abort();
+        }
         self.machine.stop().await;
         let host = self.host.lock().unwrap_or_else(PoisonError::into_inner).take();
         match host {

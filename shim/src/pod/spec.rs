@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use caisson_protocol::v1;
 use serde_json::{Map, Value, json};
 
+use super::disks::{Number, Wanted};
 use crate::bundle::Spec;
 use crate::share::Volume;
 use crate::sizing::{Change, SizingError};
@@ -61,10 +62,91 @@ pub struct Bind {
 /// A configuration for the guest.
 #[derive(Debug)]
 pub struct GuestSpec {
-    /// In JSON.
-    pub json: Vec<u8>,
+    /// The whole of it.
+    pub spec: Value,
     /// What has to be shared for it.
     pub binds: Vec<Bind>,
+}
+
+impl GuestSpec {
+    /// Has the mount at `index` come from another place in the guest.
+    pub fn set_source(&mut self, index: usize, source: &str) {
+        if let Some(mount) = self.spec.pointer_mut(&format!("/mounts/{index}/source")) {
+            *mount = json!(source);
+        }
+    }
+
+    /// Makes a new mount of huge pages of the one at `index`, which was of the host's.
+    pub fn set_huge_pages(&mut self, index: usize, page_size: u64) {
+        let Some(mount) = self.spec.pointer_mut(&format!("/mounts/{index}")).and_then(Value::as_object_mut)
+        else {
+            return;
+        };
+        mount.insert("type".into(), json!("hugetlbfs"));
+        mount.insert("source".into(), json!("hugetlbfs"));
+        mount.insert("options".into(), json!(["nosuid", "nodev", format!("pagesize={page_size}")]));
+    }
+
+    /// The host's block devices that are given to the container, each by its index.
+    pub fn block_devices(&self) -> Vec<(usize, Wanted)> {
+        let list = self.spec.pointer("/linux/devices").and_then(Value::as_array).into_iter().flatten();
+        let one = |(index, device): (usize, &Value)| {
+            let number = Number::of(device)?;
+            let block = device.get("type").and_then(Value::as_str) == Some("b");
+            let read_only = !self.rules().any(|rule| {
+                let rule_is =
+                    |key: &str, value: &Value| rule.get(key).is_none_or(|it| it.is_null() || it == value);
+                let access = rule.get("access").and_then(Value::as_str).unwrap_or("rwm");
+                rule.get("allow") == Some(&json!(true))
+                    && rule
+                        .get("type")
+                        .and_then(Value::as_str)
+                        .is_none_or(|kind| matches!(kind, "b" | "a" | ""))
+                    && rule_is("major", &json!(number.major))
+                    && rule_is("minor", &json!(number.minor))
+                    && access.contains('w')
+            });
+            block.then_some((index, Wanted { host: number, read_only }))
+        };
+        list.enumerate().filter_map(one).collect()
+    }
+
+    fn rules(&self) -> impl Iterator<Item = &Value> {
+        let rules = self.spec.pointer("/linux/resources/devices");
+        rules.and_then(Value::as_array).into_iter().flatten()
+    }
+
+    /// Gives devices the numbers that they have in the guest, in the container's rules as well.
+    pub fn renumber(&mut self, devices: &[(usize, Wanted, Number)]) {
+        let rules = self.spec.pointer_mut("/linux/resources/devices").and_then(Value::as_array_mut);
+        for rule in rules.into_iter().flatten() {
+            let block = rule.get("type").and_then(Value::as_str) == Some("b");
+            let number = Number::of(rule);
+            let found = devices.iter().find(|(_, wanted, _)| block && number == Some(wanted.host));
+            if let Some((_, _, guest)) = found {
+                guest.write_to(rule);
+            }
+        }
+        for (index, _, guest) in devices {
+            if let Some(device) = self.spec.pointer_mut(&format!("/linux/devices/{index}")) {
+                guest.write_to(device);
+            }
+        }
+    }
+}
+
+impl Number {
+    fn of(device: &Value) -> Option<Number> {
+        let number = |key: &str| device.get(key)?.as_u64()?.try_into().ok();
+        Some(Number { major: number("major")?, minor: number("minor")? })
+    }
+
+    fn write_to(self, device: &mut Value) {
+        if let Some(device) = device.as_object_mut() {
+            device.insert("major".into(), json!(self.major));
+            device.insert("minor".into(), json!(self.minor));
+        }
+    }
 }
 
 /// What the sandbox is to be, as the first container of a pod has it.
@@ -144,7 +226,7 @@ pub fn container(mut spec: Value, place: &Place<'_>) -> Result<GuestSpec, SpecEr
     linux_section(linux);
     set_namespaces(linux, place)?;
     let binds = mounts(object, place)?;
-    Ok(GuestSpec { json: serde_json::to_vec(&spec)?, binds })
+    Ok(GuestSpec { spec, binds })
 }
 
 /// Takes out of a `process` what only the host could honour.
@@ -242,7 +324,7 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
         if kind != "bind" && !options.iter().any(|option| option == "bind" || option == "rbind") {
             continue;
         }
-        let guest = if Path::new(&destination) == Path::new("/dev/shm") {
+        let guest = if Path::new(&destination) == Path::new("/dev/shm") && is_sandboxes(&source) {
             place.shm.to_owned()
         } else {
             let source = pods_file(&destination, source.into(), place.files);
@@ -264,6 +346,13 @@ fn pods_file(destination: &str, source: PathBuf, files: Option<&Path>) -> PathBu
     }
 }
 
+/// Whether it is the memory that CRI makes for each sandbox, and not a volume that stands in for it.
+fn is_sandboxes(source: &str) -> bool {
+    let path = Path::new(source);
+    let sandboxes = path.parent().and_then(Path::parent).and_then(Path::file_name);
+    path.file_name().is_some_and(|name| name == "shm") && sandboxes.is_some_and(|name| name == "sandboxes")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -283,7 +372,7 @@ mod tests {
         let place =
             Place { member, root: "/g/root", binds: "/g/c", shm: "/g/shm", files: None, names: &names };
         let made = container(spec.clone(), &place)?;
-        Ok((serde_json::from_slice(&made.json).unwrap(), made.binds))
+        Ok((made.spec, made.binds))
     }
 
     fn first(config: Value) -> Spec {
@@ -334,6 +423,7 @@ mod tests {
         let spec = json!({"linux": {"namespaces": all_namespaces()}, "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/etc/hosts", "type": "bind", "source": "/h/hosts", "options": ["rbind", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/sandboxes/p/shm", "options": ["rbind"]},
             {"destination": "/dev/shm", "type": "bind", "source": "/h/shm", "options": ["rbind"]},
             {"destination": "/data", "source": "/h/data", "options": ["bind", "rprivate"]},
         ]});
@@ -342,6 +432,7 @@ mod tests {
         assert_eq!(spec["mounts"][1]["source"], "/g/c/1");
         assert_eq!(spec["mounts"][2]["source"], "/g/shm");
         assert_eq!(spec["mounts"][3]["source"], "/g/c/3");
+        assert_eq!(spec["mounts"][4]["source"], "/g/c/4");
         let options = vec!["rbind".to_owned(), "ro".to_owned()];
         let hosts = Bind { index: 1, volume: Volume { source: "/h/hosts".into(), options } };
         assert_eq!(binds[0], hosts);
@@ -371,6 +462,38 @@ mod tests {
         assert_eq!(spec["linux"]["resources"], json!({"cpu": {"shares": 2}}));
         assert_eq!(spec["linux"]["sysctl"], json!({"kernel.shmmax": "1"}));
         assert!(spec["linux"].get("cgroupsPath").is_none());
+    }
+
+    #[test]
+    fn block_devices_get_the_guests_numbers() {
+        let spec = json!({"linux": {
+            "namespaces": all_namespaces(),
+            "devices": [
+                {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
+                {"path": "/dev/disk", "type": "b", "major": 7, "minor": 1},
+                {"path": "/dev/looked-at", "type": "b", "major": 7, "minor": 2},
+            ],
+            "resources": {"devices": [
+                {"allow": false, "access": "rwm"},
+                {"allow": true, "type": "b", "major": 7, "minor": 1, "access": "rwm"},
+                {"allow": true, "type": "b", "major": 7, "minor": 2, "access": "r"},
+                {"allow": true, "type": "c", "major": 7, "minor": 2, "access": "rwm"},
+            ]},
+        }});
+        let names = names();
+        let place = Place { member: true, root: "", binds: "", shm: "", files: None, names: &names };
+        let mut made = container(spec, &place).unwrap();
+        let wanted = made.block_devices();
+        let is = |minor, read_only| Wanted { host: Number { major: 7, minor }, read_only };
+        assert_eq!(wanted, [(1, is(1, false)), (2, is(2, true))]);
+        let guest = |minor| Number { major: 254, minor };
+        made.renumber(&[(1, wanted[0].1, guest(0)), (2, wanted[1].1, guest(16))]);
+        let linux = &made.spec["linux"];
+        assert_eq!((&linux["devices"][2]["major"], &linux["devices"][2]["minor"]), (&json!(254), &json!(16)));
+        assert_eq!(linux["devices"][0]["major"], 10);
+        assert_eq!(linux["resources"]["devices"][1]["major"], 254);
+        assert_eq!(linux["resources"]["devices"][2]["minor"], 16);
+        assert_eq!(linux["resources"]["devices"][3]["major"], 7);
     }
 
     #[test]

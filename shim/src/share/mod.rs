@@ -2,6 +2,8 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | `disk` | root file systems on block devices, which are not shared but given as disks |
+//! | `kubelet`, `tree` | volumes that the guest has copies of, or its own instead |
 //! | `ids` | host ids that a pod's files belong to, and nobody else's |
 //! | `options` | mount options as containerd and the OCI specification write them |
 //! | `mount`, `overlay` | mounts made of descriptions, attached nowhere yet |
@@ -29,13 +31,16 @@
 //! container's, and [`Journal::undo`] all, with the shim dead too. All calls block on the file system: not for an
 //! executor's threads.
 
+mod disk;
 mod ids;
+mod kubelet;
 mod mount;
 mod options;
 mod overlay;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -51,8 +56,11 @@ use crate::journal::{CleanError, Journal, JournalError, Resource};
 use mount::{HARD, Mapping};
 use options::Options;
 
+pub use disk::{Disk, RawDisk, is_disk};
 pub use ids::{BASE as ID_BASE, COUNT as ID_COUNT, IdRange};
+pub use kubelet::{Special, special};
 pub use mount::Mount;
+pub use tree::read as read_tree;
 
 /// In the pod's directory: where mount points are made.
 const WRITABLE: &str = "shared";

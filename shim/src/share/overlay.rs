@@ -5,15 +5,13 @@
 //! the page that mount(2) takes.
 
 use std::fs;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::ShareError;
 use super::mount::{Mapping, common_parent, mount_here};
 use super::options::Options;
-use super::sys;
+use super::{ShareError, at, sys};
 
 /// The most lower layers that the kernel takes (OVL_MAX_STACK).
 const MAX_LOWERS: usize = 500;
@@ -104,10 +102,6 @@ impl Overlay {
         mount_here("overlay", Path::new(MERGED), "overlay", &Options { data, ..options.clone() })?;
         sys::clone_tree(Path::new(MERGED), false).map_err(at("copy the mount of", &merged))
     }
-}
-
-fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> ShareError + 'a {
-    move |source| ShareError::Io { action, path: path.to_owned(), source }
 }
 
 /// Shows a layer at `name`, with its owners mapped.

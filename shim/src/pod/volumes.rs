@@ -1,0 +1,239 @@
+//! Volumes that the guest has of its own, in place of a directory of the host.
+//!
+//! They live as long as the pod, whatever its containers do: a container that is restarted finds what it had written.
+
+use std::collections::HashMap;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+
+use caisson_protocol::client::{Client, call};
+use caisson_protocol::connect::UnixVsock;
+use caisson_protocol::v1;
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+
+use super::error::PodError;
+use crate::machine::Machine;
+use crate::share::{self, Special};
+
+/// The size of a volume of the kubelet's files: while they are swapped, old and new are there.
+const WRITTEN_SIZE: u64 = 8 << 20;
+
+/// What is in the place of a directory of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StandIn {
+    /// A directory of the guest.
+    Directory(String),
+    /// New mounts of huge pages of so many bytes.
+    HugePages(u64),
+}
+
+/// A pod's.
+#[derive(Debug, Default)]
+pub struct Volumes(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Paths in the guest, by the path on the host.
+    known: HashMap<PathBuf, String>,
+    watch: Option<Watch>,
+}
+
+impl Volumes {
+    /// What is in the place of `source`; none when that is to be shared.
+    ///
+    /// # Errors
+    /// When it can't be looked at, and the agent's own.
+    pub async fn stand_in(&self, machine: &Machine, source: &Path) -> Result<Option<StandIn>, PodError> {
+        let mut state = self.0.lock().await;
+        if let Some(known) = state.known.get(source) {
+            return Ok(Some(StandIn::Directory(known.clone())));
+        }
+        let path = source.to_owned();
+        let special = tokio::task::spawn_blocking(move || share::special(&path)).await??;
+        let id = format!("volume-{}", state.known.len());
+        let directory = match special {
+            None => return Ok(None),
+            Some(Special::HugePages(size)) => return Ok(Some(StandIn::HugePages(size))),
+            Some(Special::Memory { size, mode, uid, gid }) => {
+                mount(machine, &id, v1::Tmpfs { size, inodes: 0, mode, uid, gid }).await?
+            }
+            Some(Special::Written) => match state.copy(machine, &id, source).await? {
+                Some(directory) => directory,
+                None => return Ok(None),
+            },
+        };
+        state.known.insert(source.to_owned(), directory.clone());
+        Ok(Some(StandIn::Directory(directory)))
+    }
+}
+
+async fn mount(machine: &Machine, id: &str, tmpfs: v1::Tmpfs) -> Result<String, PodError> {
+    let storage = v1::Storage {
+        id: id.to_owned(),
+        source: Some(v1::storage::Source::Tmpfs(tmpfs)),
+        ..v1::Storage::default()
+    };
+    let request = v1::MountStorageRequest { storage: Some(storage) };
+    Ok(machine.agent().storages().mount_storage(call(request)).await?.into_inner().path)
+}
+
+impl State {
+    /// A copy of what the kubelet has written, kept up to date. None for what is too much or too strange to be copied.
+    async fn copy(&mut self, machine: &Machine, id: &str, source: &Path) -> Result<Option<String>, PodError> {
+        let watch = match &self.watch {
+            Some(watch) => watch,
+            None => self.watch.insert(Watch::start(machine.agent().clone()).map_err(watching(source))?),
+        };
+        // Watched before it is read, so that no change is missed.
+        watch.add(id, source).map_err(watching(source))?;
+        let path = source.to_owned();
+        let entries = match tokio::task::spawn_blocking(move || share::read_tree(&path)).await? {
+            Ok(entries) => entries,
+            Err(error) => {
+                tracing::warn!(error = %error, volume = ?source, "shared instead of copied: its changes are not told");
+                watch.forget(source);
+                return Ok(None);
+            }
+        };
+        let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, mode: 0o755, ..v1::Tmpfs::default() };
+        let directory = mount(machine, id, tmpfs).await?;
+        let request = v1::SyncTreeRequest { storage_id: id.to_owned(), entries };
+        machine.agent().storages().sync_tree(call(request)).await?;
+        Ok(Some(directory))
+    }
+}
+
+fn watching(path: &Path) -> impl FnOnce(io::Error) -> PodError {
+    let path = path.to_owned();
+    move |source| PodError::Io { action: "watch", path, source }
+}
+
+/// Copies what has changed, until it is dropped.
+#[derive(Debug)]
+struct Watch {
+    shared: Arc<Watched>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    inotify: AsyncFd<OwnedFd>,
+    /// The storage's id and the directory, by the watch's number.
+    volumes: std::sync::Mutex<HashMap<i32, (String, PathBuf)>>,
+}
+
+impl Watch {
+    fn start(agent: Client<UnixVsock>) -> io::Result<Watch> {
+        let shared = Arc::new(Watched::new()?);
+        let watched = shared.clone();
+        let task = tokio::spawn(async move {
+            while let Ok(changed) = watched.changed().await {
+                for number in changed {
+                    watched.copy(&agent, number).await;
+                }
+            }
+        });
+        Ok(Watch { shared, task })
+    }
+
+    fn add(&self, id: &str, source: &Path) -> io::Result<()> {
+        let mut volumes = self.shared.volumes();
+        let flags = WatchFlags::MOVED_TO | WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::ONLYDIR;
+        let number = inotify::add_watch(&self.shared.inotify, source, flags)?;
+        volumes.insert(number, (id.to_owned(), source.to_owned()));
+        Ok(())
+    }
+
+    fn forget(&self, source: &Path) {
+        let mut volumes = self.shared.volumes();
+        let found = volumes.iter().find(|(_, (_, path))| path == source).map(|(number, _)| *number);
+        if let Some(number) = found {
+            volumes.remove(&number);
+            // It may be gone with its directory.
+            let _ = inotify::remove_watch(&self.shared.inotify, number);
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Watched {
+    fn new() -> io::Result<Watched> {
+        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        // SAFETY: the descriptor is its own, and open for as long as it is.
+        let inotify = unsafe { AsyncFd::register_with_interest(inotify, Interest::READABLE) }?;
+        Ok(Watched { inotify, volumes: Default::default() })
+    }
+
+    fn volumes(&self) -> std::sync::MutexGuard<'_, HashMap<i32, (String, PathBuf)>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for changes, and returns the numbers of their watches, each once.
+    async fn changed(&self) -> io::Result<Vec<i32>> {
+        let mut numbers = Vec::new();
+        loop {
+            let mut ready = self.inotify.readable().await?;
+            let mut buffer = [MaybeUninit::uninit(); 4096];
+            let mut reader = inotify::Reader::new(self.inotify.get_ref(), &mut buffer);
+            loop {
+                match reader.next() {
+                    Ok(event) if !numbers.contains(&event.wd()) => numbers.push(event.wd()),
+                    Ok(_) => {}
+                    Err(rustix::io::Errno::WOULDBLOCK) => break,
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            ready.clear_ready();
+            if !numbers.is_empty() {
+                return Ok(numbers);
+            }
+        }
+    }
+
+    async fn copy(&self, agent: &Client<UnixVsock>, number: i32) {
+        let Some((id, source)) = self.volumes().get(&number).cloned() else { return };
+        let path = source.clone();
+        let entries = match tokio::task::spawn_blocking(move || share::read_tree(&path)).await {
+            Ok(Ok(entries)) => entries,
+            // The kubelet is about to write it, or to remove it; another change tells when it has.
+            _ => return,
+        };
+        let request = v1::SyncTreeRequest { storage_id: id, entries };
+        if let Err(status) = agent.storages().sync_tree(call(request)).await {
+            tracing::warn!(error = status.message(), volume = ?source, "the guest's copy is out of date");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[tokio::test]
+    async fn a_swapped_link_is_a_change() {
+        let volume = tempfile::tempdir().unwrap();
+        let shared = Arc::new(Watched::new().unwrap());
+        let watch = Watch { shared: shared.clone(), task: tokio::spawn(async {}) };
+        watch.add("volume-0", volume.path()).unwrap();
+        symlink("..1", volume.path().join("..data_tmp")).unwrap();
+        std::fs::rename(volume.path().join("..data_tmp"), volume.path().join("..data")).unwrap();
+        let numbers = shared.changed().await.unwrap();
+        assert_eq!(numbers.len(), 1);
+        assert_eq!(shared.volumes()[&numbers[0]].0, "volume-0");
+        watch.forget(volume.path());
+        assert!(shared.volumes().is_empty());
+    }
+}
