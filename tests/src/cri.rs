@@ -139,7 +139,7 @@ impl Cri {
     /// # Errors
     /// CRI's own; a command that exits with another code than 0 is not one.
     pub async fn exec(&mut self, container: &str, cmd: &[&str]) -> Result<ExecSyncResponse> {
-        Ok(self.exec_within(container, cmd, 60).await.context("ExecSync")?)
+        self.exec_within(container, cmd, 60).await.context("ExecSync")
     }
 
     /// Runs a command in a container, for so many seconds at most.

@@ -58,8 +58,8 @@ const QUESTIONS: [&str; 20] = [
     "pwd; umask; tty",
     "cat /proc/1/cmdline | tr '\\0' ' '",
     "grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs)' /proc/self/status",
-    "cat /proc/1/oom_score_adj",
-    "awk '{ print $2 }' /proc/self/mounts | sort",
+    "[ $(id -u) = 0 ] || cat /proc/1/oom_score_adj",
+    "awk '{ print $2 }' /proc/self/mounts | grep -v -E 'kcore|sysrq' | sort",
     "awk '$2 ~ /^.(proc|sys)/ { print $2, substr($4, 1, 2) }' /proc/self/mounts | grep -v -E 'kcore|sysrq|scsi|thermal|firmware|interrupts' | sort",
     "ls -l /dev | awk '{ print $1, $3, $4, $5, $6, $NF }' | grep -v -E 'total|kcore'",
     "ls -ld /dev /dev/shm /dev/pts /dev/mqueue /proc /sys /tmp | awk '{ print $1, $3, $4, $NF }'",
@@ -72,7 +72,7 @@ const QUESTIONS: [&str; 20] = [
     "hostname other; hostname; cat /etc/hostname",
     "cat /etc/resolv.conf; tail -1 /etc/hosts | awk '{ print $2 }'",
     "ulimit -c; ulimit -n | awk '{ print ($1 >= 1024) }'; ulimit -s",
-    "ls /proc | grep -c '^[0-9]'; readlink /proc/self/exe; unshare -U true; echo $?",
+    "readlink /proc/self/exe; unshare -U true; echo $?",
 ];
 
 /// All questions to one container.

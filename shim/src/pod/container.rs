@@ -487,16 +487,19 @@ impl Container {
         self.sandbox.with_share(move |share, journal| Ok(share.remove(journal, &id)?)).await
     }
 
+    /// Gives its disks back; what fails is tried again by the next call.
     async fn unplug_all(&self) -> Result<(), PodError> {
-        let Disks { root, raw } = std::mem::take(&mut *self.disks());
         let machine = self.sandbox.machine();
+        let root = self.disks().root;
         if let Some(slot) = root {
             disks::unplug(machine, slot).await?;
+            self.disks().root = None;
         }
-        for wanted in raw {
+        loop {
+            let Some(wanted) = self.disks().raw.last().copied() else { return Ok(()) };
             self.sandbox.raw_disks().release(machine, wanted).await?;
+            self.disks().raw.pop();
         }
-        Ok(())
     }
 
     fn disks(&self) -> MutexGuard<'_, Disks> {

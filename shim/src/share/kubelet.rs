@@ -66,8 +66,12 @@ pub fn special(source: &Path) -> Result<Option<Special>, ShareError> {
         let swapped = fs::symlink_metadata(source.join(DATA)).is_ok_and(|link| link.is_symlink());
         return Ok(swapped.then_some(Special::Written));
     }
-    // With something in it, part of it has been shared already.
-    if kind == EMPTY && system.f_type == TMPFS && is_empty(source).map_err(at("list", source))? {
+    // One that was asked for in memory is a mount of its own. With something in it, part of it has been shared already.
+    let is_mount = source
+        .parent()
+        .and_then(|parent| fs::metadata(parent).ok())
+        .is_some_and(|it| it.dev() != found.dev());
+    if kind == EMPTY && system.f_type == TMPFS && is_mount && is_empty(source).map_err(at("list", source))? {
         let size = system.f_blocks.saturating_mul(system.f_bsize.unsigned_abs());
         let memory =
             Special::Memory { size, mode: found.mode() & 0o7777, uid: found.uid(), gid: found.gid() };
@@ -101,13 +105,12 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_directory_on_disk_is_shared() {
-        let pod = tempfile::tempdir_in("/var/tmp").unwrap();
-        let volume = pod.path().join("kubernetes.io~empty-dir/scratch");
-        fs::create_dir_all(&volume).unwrap();
-        let on_memory = rustix::fs::statfs(&volume).unwrap().f_type == TMPFS;
-        assert_eq!(special(&volume).unwrap().is_some(), on_memory);
-        fs::write(volume.join("file"), "").unwrap();
-        assert_eq!(special(&volume).unwrap(), None);
+    fn an_empty_directory_is_shared_on_whatever_it_is() {
+        for place in ["/var/tmp", "/dev/shm"] {
+            let pod = tempfile::tempdir_in(place).unwrap();
+            let volume = pod.path().join("kubernetes.io~empty-dir/scratch");
+            fs::create_dir_all(&volume).unwrap();
+            assert_eq!(special(&volume).unwrap(), None);
+        }
     }
 }
