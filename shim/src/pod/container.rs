@@ -132,7 +132,7 @@ impl Container {
 
     async fn make(&self, new: NewContainer, id: Id, spec: Spec, member: bool) -> Result<(), PodError> {
         let mut phases = Phases::begin();
-        let limits = spec::limits(&spec.config)?.apply(Limits::default());
+        let limits = spec::limits(&spec.config).apply(Limits::default());
         let name = spec.name().unwrap_or(&new.id);
         let add = |demand: &mut Demand| demand.add(name, &new.id, limits);
         self.sandbox.size().await.grow(self.sandbox.machine(), add).await?;
@@ -422,7 +422,7 @@ impl Container {
             text => serde_json::from_slice(text)
                 .map_err(|error| PodError::Invalid(format!("resources: {error}")))?,
         };
-        let change = Change::of_resources(Some(&resources))?;
+        let change = Change::of_resources(Some(&resources));
         let machine = self.sandbox.machine();
         let mut size = self.sandbox.size().await;
         if self.is_pause() {

@@ -200,17 +200,14 @@ pub fn sandbox(first: &Spec) -> Result<SandboxSpec, SpecError> {
         sysctls: sysctls.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
         cgroups_path: string("/linux/cgroupsPath"),
         annotations: first.annotations.clone(),
-        limits: limits(spec)?,
+        limits: limits(spec),
         files: Vec::new(),
     })
 }
 
 /// What a container may use.
-///
-/// # Errors
-/// For limits that make no sense.
-pub fn limits(spec: &Value) -> Result<Change, SpecError> {
-    Ok(Change::of_resources(spec.pointer("/linux/resources"))?)
+pub fn limits(spec: &Value) -> Change {
+    Change::of_resources(spec.pointer("/linux/resources"))
 }
 
 /// Rewrites a container's configuration.

@@ -68,26 +68,20 @@ impl Change {
     pub fn of_annotations(annotations: &HashMap<String, String>) -> Result<Change, SizingError> {
         let quota = number::<i64>(annotations, CPU_QUOTA)?;
         let period = number::<u64>(annotations, CPU_PERIOD)?;
-        Ok(Change {
-            memory: number(annotations, MEMORY)?,
-            cpu: quota.map(|quota| share(quota, period)).transpose()?,
-        })
+        Ok(Change { memory: number(annotations, MEMORY)?, cpu: quota.map(|quota| share(quota, period)) })
     }
 
     /// From the OCI specification's `linux.resources`.
-    ///
-    /// # Errors
-    /// For a period of 0.
-    pub fn of_resources(resources: Option<&Value>) -> Result<Change, SizingError> {
+    pub fn of_resources(resources: Option<&Value>) -> Change {
         let value = |pointer: &str| resources.and_then(|resources| resources.pointer(pointer));
         let quota = value("/cpu/quota").and_then(Value::as_i64);
         let period = value("/cpu/period").and_then(Value::as_u64);
         // Below 0: none.
         let memory = value("/memory/limit").and_then(Value::as_i64);
-        Ok(Change {
+        Change {
             memory: memory.map(|memory| u64::try_from(memory).unwrap_or(0)),
-            cpu: quota.map(|quota| share(quota, period)).transpose()?,
-        })
+            cpu: quota.map(|quota| share(quota, period)),
+        }
     }
 
     /// From numbers as CRI has them: 0 is no word on a limit.
@@ -96,10 +90,10 @@ impl Change {
     /// For a period below 0.
     pub fn of_numbers(memory: i64, quota: i64, period: i64) -> Result<Change, SizingError> {
         let wrong = |_| SizingError::Number { name: CPU_PERIOD, value: period.to_string() };
-        let period = (period != 0).then(|| u64::try_from(period)).transpose().map_err(wrong)?;
+        let period = u64::try_from(period).map_err(wrong)?;
         Ok(Change {
             memory: (memory != 0).then(|| u64::try_from(memory).unwrap_or(0)),
-            cpu: (quota != 0).then(|| share(quota, period)).transpose()?,
+            cpu: (quota != 0).then(|| share(quota, Some(period))),
         })
     }
 
@@ -184,14 +178,11 @@ impl Member {
 }
 
 /// The share of each second, in microseconds, that a quota in each period is. No quota: 0.
-fn share(quota: i64, period: Option<u64>) -> Result<u64, SizingError> {
-    // The kernel's own 0 is the default.
-    let period = period.unwrap_or(DEFAULT_PERIOD);
-    if period == 0 {
-        return Err(SizingError::Number { name: CPU_PERIOD, value: period.to_string() });
-    }
+fn share(quota: i64, period: Option<u64>) -> u64 {
+    // A client that has no word on it writes 0, which the kernel would not take.
+    let period = period.filter(|period| *period != 0).unwrap_or(DEFAULT_PERIOD);
     let quota = u128::from(u64::try_from(quota).unwrap_or(0));
-    Ok(u64::try_from((quota * 1_000_000).div_ceil(u128::from(period))).unwrap_or(u64::MAX))
+    u64::try_from((quota * 1_000_000).div_ceil(u128::from(period))).unwrap_or(u64::MAX)
 }
 
 fn number<T: FromStr>(
@@ -283,14 +274,19 @@ mod tests {
     #[test]
     fn reads_resources_and_annotations() {
         let resources = json!({"memory": {"limit": 5}, "cpu": {"quota": 50_000, "period": 100_000}});
-        let change = Change::of_resources(Some(&resources)).unwrap();
+        let change = Change::of_resources(Some(&resources));
         assert_eq!(change.apply(Limits::default()), Limits { memory: 5, cpu: 500_000 });
         let none = json!({"memory": {"limit": -1}, "cpu": {"quota": -1, "shares": 2}});
-        let change = Change::of_resources(Some(&none)).unwrap();
+        let change = Change::of_resources(Some(&none));
         assert_eq!(change.apply(Limits { memory: 7, cpu: 7 }), Limits::default());
-        assert_eq!(Change::of_resources(None).unwrap().apply(memory(7)), memory(7));
-        let wrong = json!({"cpu": {"quota": 1, "period": 0}});
-        assert!(matches!(Change::of_resources(Some(&wrong)), Err(SizingError::Number { .. })));
+        assert_eq!(Change::of_resources(None).apply(memory(7)), memory(7));
+        let unsaid = json!({"cpu": {"quota": 50_000, "period": 0}});
+        assert_eq!(
+            Change::of_resources(Some(&unsaid)).apply(memory(7)),
+            Limits { cpu: 500_000, ..memory(7) }
+        );
+        let unsaid = [(CPU_QUOTA.to_owned(), "0".to_owned()), (CPU_PERIOD.to_owned(), "0".to_owned())].into();
+        assert_eq!(Limits::of_sandbox(&unsaid).unwrap(), Limits::default(), "memory alone is limited");
         for (name, value) in [(MEMORY, "-1"), (MEMORY, "1Gi"), (CPU_QUOTA, "x"), (CPU_PERIOD, "")] {
             let annotations = [(name.to_owned(), value.to_owned())].into();
             assert!(matches!(Limits::of_sandbox(&annotations), Err(SizingError::Number { .. })), "{name}");
