@@ -19,6 +19,7 @@ use self::runtime_service_client::RuntimeServiceClient;
 use crate::{
     containerd::{BRIDGE, POD_CGROUP},
     leaks::Holdings,
+    node::Node,
     streaming::Streams,
 };
 
@@ -285,17 +286,20 @@ impl Cri {
     }
 }
 
-/// Runs and removes a pod of runc's: the first pod of all makes the pods' bridge, which stays by design. Returns what the
-/// machine holds after it, for a test that is to leave nothing.
+/// A machine that is ready for a test through CRI, a client, and what the machine holds before the test. The first pod of
+/// all, one of runc's, makes the pods' bridge, which stays by design.
 ///
 /// # Errors
-/// CRI's own.
-pub async fn with_bridge(cri: &mut Cri) -> Result<Holdings> {
+/// When something is missing on this machine, and CRI's own.
+pub async fn ready() -> Result<(Node, Cri, Holdings)> {
+    let node = Node::ready()?;
+    let mut cri = Cri::connect(node.socket()).await?;
     if !Path::new("/sys/class/net").join(BRIDGE).exists() {
         let first = cri.run_pod(pod_config("bridge-maker"), "runc").await?;
         cri.remove_pod(&first).await?;
     }
-    Holdings::now()
+    let before = Holdings::now()?;
+    Ok((node, cri, before))
 }
 
 async fn dial(socket: PathBuf) -> std::io::Result<TokioIo<UnixStream>> {

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
-    cri::{self, Cri},
+    cri,
     ctr::{Ctr, Output},
     leaks::Holdings,
     node::Node,
@@ -63,11 +63,7 @@ fn a_handlers_file_counts_more_than_the_nodes_and_its_errors_are_told() -> Resul
 /// The node of the tests allows no annotation.
 #[tokio::test]
 async fn a_pods_annotation_that_the_node_does_not_allow_is_refused_by_name() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let first = cri.run_pod(cri::pod_config("bridge-maker"), "runc").await?;
-    cri.remove_pod(&first).await?;
-    let before = Holdings::now()?;
+    let (_, mut cri, before) = cri::ready().await?;
     for (name, why) in [("default-vcpus", "not allowed by this node"), ("kernel", "unknown")] {
         let mut config = cri::pod_config("shim-annotated");
         config.annotations.insert(format!("caisson.dev/{name}"), "2".into());

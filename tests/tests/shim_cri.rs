@@ -10,38 +10,18 @@ use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
     cri::{self, Cri, Mount, Pod},
-    leaks::Holdings,
-    node::Node,
 };
 
 const HANDLER: &str = "caisson";
-
-/// A client, and what the machine holds when a bridge is there: the first pod of all makes it, and it stays by design.
-async fn connect() -> Result<(Node, Cri, Holdings)> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let first = cri.run_pod(cri::pod_config("bridge-maker"), "runc").await?;
-    cri.remove_pod(&first).await?;
-    let before = Holdings::now()?;
-    Ok((node, cri, before))
-}
 
 async fn sleeper(cri: &mut Cri, pod: &Pod, name: &str) -> Result<String> {
     let config = cri::container_config(name, BUSYBOX_IMAGE, &["sleep", "1000"]);
     cri.run_container(pod, config).await
 }
 
-/// What a script in a container prints; anything but success is an error.
-async fn said(cri: &mut Cri, container: &str, script: &str) -> Result<String> {
-    let reply = cri.exec(container, &["sh", "-c", script]).await?;
-    let (out, err) = (String::from_utf8(reply.stdout)?, String::from_utf8_lossy(&reply.stderr).into_owned());
-    ensure!(reply.exit_code == 0, "{script:?} exited with {}: {out}{err}", reply.exit_code);
-    Ok(out)
-}
-
 #[tokio::test]
 async fn a_pod_runs_containers_on_a_kernel_of_its_own() -> Result<()> {
-    let (node, mut cri, before) = connect().await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let pod = cri.run_pod(cri::pod_config("shim-pod"), HANDLER).await;
     let pod = pod.with_context(|| node.containerd_log())?;
     let address = cri.pod_status(&pod).await?.network.map(|n| n.ip).unwrap_or_default();
@@ -49,23 +29,23 @@ async fn a_pod_runs_containers_on_a_kernel_of_its_own() -> Result<()> {
 
     let one = sleeper(&mut cri, &pod, "one").await.with_context(|| node.containerd_log())?;
     let two = sleeper(&mut cri, &pod, "two").await?;
-    let kernel = said(&mut cri, &one, "uname -r").await?;
+    let kernel = cri.said(&one, "uname -r").await?;
     ensure!(kernel != std::fs::read_to_string("/proc/sys/kernel/osrelease")?, "{kernel}");
     ensure!(
-        said(&mut cri, &two, "cat /proc/sys/kernel/random/boot_id").await?
-            == said(&mut cri, &one, "cat /proc/sys/kernel/random/boot_id").await?,
+        cri.said(&two, "cat /proc/sys/kernel/random/boot_id").await?
+            == cri.said(&one, "cat /proc/sys/kernel/random/boot_id").await?,
         "two machines"
     );
-    ensure!(said(&mut cri, &one, "hostname").await? == "shim-pod\n");
-    let seen = said(&mut cri, &one, "ip -4 -o address show eth0").await?;
+    ensure!(cri.said(&one, "hostname").await? == "shim-pod\n");
+    let seen = cri.said(&one, "ip -4 -o address show eth0").await?;
     ensure!(seen.contains(&address), "the container sees {seen:?}, not {address}");
     let failing = cri.exec(&one, &["sh", "-c", "echo out; echo err >&2; exit 3"]).await?;
     let got = (failing.exit_code, &*failing.stdout, &*failing.stderr);
     ensure!(got == (3, &b"out\n"[..], &b"err\n"[..]), "{got:?}");
 
     // Containers of a pod share its network and its memory, and nothing else.
-    said(&mut cri, &one, "echo shared > /dev/shm/file; echo mine > /tmp/file").await?;
-    ensure!(said(&mut cri, &two, "cat /dev/shm/file; ls /tmp").await? == "shared\n");
+    cri.said(&one, "echo shared > /dev/shm/file; echo mine > /tmp/file").await?;
+    ensure!(cri.said(&two, "cat /dev/shm/file; ls /tmp").await? == "shared\n");
 
     let brief = cri::container_config("brief", BUSYBOX_IMAGE, &["sh", "-c", "exit 9"]);
     let brief = cri.run_container(&pod, brief).await?;
@@ -77,7 +57,7 @@ async fn a_pod_runs_containers_on_a_kernel_of_its_own() -> Result<()> {
 
 #[tokio::test]
 async fn the_host_and_the_pod_reach_one_another() -> Result<()> {
-    let (node, mut cri, before) = connect().await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let pod = cri.run_pod(cri::pod_config("shim-net"), HANDLER).await?;
     let address = cri.pod_status(&pod).await?.network.map(|n| n.ip).unwrap_or_default();
     let script = "mkdir /www; echo from the pod > /www/index.html; httpd -f -p 80 -h /www";
@@ -87,13 +67,13 @@ async fn the_host_and_the_pod_reach_one_another() -> Result<()> {
 
     let answer = get(&format!("{address}:80")).await?;
     ensure!(answer.ends_with("from the pod\n"), "{answer:?}");
-    let inside = said(&mut cri, &client, "wget -q -O - http://127.0.0.1/").await?;
+    let inside = cri.said(&client, "wget -q -O - http://127.0.0.1/").await?;
     ensure!(inside == "from the pod\n", "{inside:?}");
-    said(&mut cri, &client, "ping -c 1 -W 5 10.244.77.1").await?;
+    cri.said(&client, "ping -c 1 -W 5 10.244.77.1").await?;
 
     let other = cri.run_pod(cri::pod_config("shim-net-other"), HANDLER).await?;
     let peer = sleeper(&mut cri, &other, "peer").await?;
-    let across = said(&mut cri, &peer, &format!("wget -q -O - http://{address}/")).await?;
+    let across = cri.said(&peer, &format!("wget -q -O - http://{address}/")).await?;
     ensure!(across == "from the pod\n", "{across:?}");
     cri.remove_pod(&other).await?;
     cri.remove_pod(&pod).await?;
@@ -120,7 +100,7 @@ async fn get(address: &str) -> Result<String> {
 
 #[tokio::test]
 async fn volumes_are_the_hosts_and_read_only_is_kept() -> Result<()> {
-    let (node, mut cri, before) = connect().await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let volume = tempfile::tempdir()?;
     std::fs::write(volume.path().join("file"), "from the host\n")?;
     let pod = cri.run_pod(cri::pod_config("shim-volumes"), HANDLER).await?;
@@ -133,15 +113,15 @@ async fn volumes_are_the_hosts_and_read_only_is_kept() -> Result<()> {
     };
     config.mounts = vec![mount("/rw", false), mount("/ro", true)];
     let user = cri.run_container(&pod, config).await.with_context(|| node.containerd_log())?;
-    ensure!(said(&mut cri, &user, "cat /rw/file /ro/file").await? == "from the host\nfrom the host\n");
-    said(&mut cri, &user, "echo from the guest > /rw/answer; chown 1000:1000 /rw/answer").await?;
+    ensure!(cri.said(&user, "cat /rw/file /ro/file").await? == "from the host\nfrom the host\n");
+    cri.said(&user, "echo from the guest > /rw/answer; chown 1000:1000 /rw/answer").await?;
     let answer = volume.path().join("answer");
     ensure!(std::fs::read_to_string(&answer)? == "from the guest\n");
     let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(&answer)?);
     ensure!(owner == 1000, "the file belongs to {owner}");
     let refused = cri.exec(&user, &["sh", "-c", "echo x > /ro/file"]).await?;
     ensure!(refused.exit_code != 0, "a read-only volume was written to");
-    ensure!(said(&mut cri, &user, "grep -c . /etc/hosts; test -e /etc/resolv.conf").await?.trim() != "0");
+    ensure!(cri.said(&user, "grep -c . /etc/hosts; test -e /etc/resolv.conf").await?.trim() != "0");
     cri.remove_pod(&pod).await?;
     before.assert_nothing_added()
 }

@@ -6,7 +6,6 @@ use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
     cri::{self, Cri},
-    node::Node,
 };
 use tokio::sync::Semaphore;
 
@@ -30,9 +29,7 @@ async fn pod(mut cri: Cri, name: String) -> Result<(cri::Pod, String)> {
 
 #[tokio::test]
 async fn ten_pods_run_at_once() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let before = cri::with_bridge(&mut cri).await?;
+    let (node, cri, before) = cri::ready().await?;
     let hands = Arc::new(Semaphore::new(HANDS));
     let starting: Vec<_> = (0..CROWD)
         .map(|index| {
@@ -72,9 +69,7 @@ async fn ten_pods_run_at_once() -> Result<()> {
 #[tokio::test]
 #[ignore = "a soak"]
 async fn a_hundred_pods_in_a_row_leave_nothing() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let before = cri::with_bridge(&mut cri).await?;
+    let (_, mut cri, before) = cri::ready().await?;
     for index in 0..ROW {
         let name = format!("shim-row-{index}");
         let (pod, _) = pod(cri.clone(), name).await.with_context(|| format!("pod {index}"))?;

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
     cri::{self, Cri, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PortMapping},
-    node::Node,
     streaming::Streams,
 };
 
@@ -38,9 +37,7 @@ async fn get(address: &str) -> Result<String> {
 
 #[tokio::test]
 async fn a_published_port_and_both_families_lead_into_the_machine() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let before = cri::with_bridge(&mut cri).await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let mut config = cri::pod_config("shim-ports");
     config.port_mappings =
         vec![PortMapping { container_port: 80, host_port: PUBLISHED.into(), ..PortMapping::default() }];
@@ -86,9 +83,7 @@ async fn forward(cri: &mut Cri, pod: &cri::Pod) -> Result<()> {
 
 #[tokio::test]
 async fn a_pod_that_wants_the_hosts_network_is_told_why_not() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let before = cri::with_bridge(&mut cri).await?;
+    let (_, mut cri, before) = cri::ready().await?;
     let mut config = cri::pod_config("shim-hostnetwork");
     let options = NamespaceOption { network: NamespaceMode::Node.into(), ..NamespaceOption::default() };
     config.linux.get_or_insert_default().security_context =

@@ -11,7 +11,6 @@ use caisson_e2e::{
         LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Pod, SecurityProfile,
         security_profile::ProfileType,
     },
-    node::Node,
     streaming::{RESIZE, STDERR, STDIN, STDOUT},
 };
 
@@ -128,9 +127,7 @@ fn restricted() -> ContainerConfig {
 
 #[tokio::test]
 async fn a_container_cannot_tell_what_it_runs_under() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let before = cri::with_bridge(&mut cri).await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let mut all = Vec::new();
     for handler in HANDLERS {
         let mut answers = Answers::new();
@@ -188,9 +185,7 @@ fn log_lines(path: &Path) -> Result<Vec<String>> {
 
 #[tokio::test]
 async fn a_pod_lives_as_a_kubelet_wants_it_to() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let before = cri::with_bridge(&mut cri).await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let mut all = Vec::new();
     for handler in HANDLERS {
         let logs = tempfile::tempdir()?;

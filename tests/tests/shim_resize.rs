@@ -6,8 +6,6 @@ use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::{BUSYBOX_IMAGE, POD_CGROUP},
     cri::{self, Cri, LinuxContainerResources, UpdateContainerResourcesRequest},
-    leaks::Holdings,
-    node::Node,
 };
 
 const HANDLER: &str = "caisson";
@@ -15,15 +13,6 @@ const MIB: i64 = 1 << 20;
 
 /// What deploy/runtimeclass.yaml adds to the limits of a pod's control group, in MiB.
 const OVERHEAD: i64 = 96;
-
-async fn connect() -> Result<(Node, Cri, Holdings)> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let first = cri.run_pod(cri::pod_config("bridge-maker"), "runc").await?;
-    cri.remove_pod(&first).await?;
-    let before = Holdings::now()?;
-    Ok((node, cri, before))
-}
 
 fn resources(mib: i64, cpus: i64) -> LinuxContainerResources {
     LinuxContainerResources {
@@ -52,26 +41,19 @@ async fn pod_of(
     Ok((pod, container))
 }
 
-async fn said(cri: &mut Cri, container: &str, script: &str) -> Result<String> {
-    let reply = cri.exec(container, &["sh", "-c", script]).await?;
-    let (out, err) = (String::from_utf8(reply.stdout)?, String::from_utf8_lossy(&reply.stderr).into_owned());
-    ensure!(reply.exit_code == 0, "{script:?} exited with {}: {out}{err}", reply.exit_code);
-    Ok(out.trim().to_owned())
-}
-
 /// The processors and the memory in MiB that a container's machine has, and the container's own limit in MiB.
 async fn size(cri: &mut Cri, container: &str) -> Result<(i64, i64, i64)> {
     let script = "grep -c ^processor /proc/cpuinfo; sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; \
                   cat /sys/fs/cgroup/memory.max";
-    let text = said(cri, container, script).await?;
+    let text = cri.said(container, script).await?;
     let mut numbers = text.lines().map(|line| line.parse::<i64>().with_context(|| text.clone()));
     let mut next = || numbers.next().context("three lines")?;
     Ok((next()?, next()? >> 10, next()? / MIB))
 }
 
 async fn free_mib(cri: &mut Cri, container: &str) -> Result<i64> {
-    let text = said(cri, container, "sed -n 's/MemFree: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo").await?;
-    Ok(text.parse::<i64>().with_context(|| text.clone())? >> 10)
+    let text = cri.said(container, "sed -n 's/MemFree: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo").await?;
+    Ok(text.trim().parse::<i64>().with_context(|| text.clone())? >> 10)
 }
 
 async fn update(
@@ -85,7 +67,7 @@ async fn update(
 
 #[tokio::test]
 async fn a_pod_grows_and_shrinks_in_place() -> Result<()> {
-    let (node, mut cri, before) = connect().await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let (pod, container) = pod_of(&mut cri, "shim-resize", POD_CGROUP, resources(64, 1))
         .await
         .with_context(|| node.containerd_log())?;
@@ -118,7 +100,7 @@ async fn a_pod_grows_and_shrinks_in_place() -> Result<()> {
 /// The pod's control group, as a kubelet limits it: the container's limit and the overhead of the RuntimeClass.
 #[tokio::test]
 async fn a_pod_that_uses_all_it_was_promised_is_not_killed() -> Result<()> {
-    let (node, mut cri, before) = connect().await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let parent = format!("{POD_CGROUP}/shim-promised");
     let group = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
     fs::create_dir(&group)?;
@@ -131,11 +113,11 @@ async fn a_pod_that_uses_all_it_was_promised_is_not_killed() -> Result<()> {
 
     // dd reads a block of this size into memory of its own.
     let fill = |mib: i64| format!("dd if=/dev/zero of=/dev/null bs={mib}M count=1");
-    said(&mut cri, &container, &fill(promised - 8)).await?;
+    cri.said(&container, &fill(promised - 8)).await?;
     // Beyond the limit it is the container that pays, inside, and not the machine.
     let beyond = cri.exec(&container, &["sh", "-c", &fill(promised + 32)]).await?;
     ensure!(beyond.exit_code == 137, "{beyond:?}");
-    ensure!(said(&mut cri, &container, "echo well").await? == "well");
+    ensure!(cri.said(&container, "echo well").await? == "well\n");
     let events = fs::read_to_string(group.join("memory.events"))?;
     ensure!(events.lines().any(|line| line == "oom_kill 0"), "the host killed: {events}");
     let peak = fs::read_to_string(group.join("memory.peak"))?;

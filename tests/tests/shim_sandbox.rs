@@ -3,30 +3,12 @@
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::{self, BUSYBOX_IMAGE, SANDBOX_HANDLER},
-    cri::{self, Cri, PodSandboxState},
-    leaks::Holdings,
-    node::Node,
+    cri::{self, PodSandboxState},
 };
-
-async fn connect() -> Result<(Node, Cri, Holdings)> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let first = cri.run_pod(cri::pod_config("bridge-maker"), "runc").await?;
-    cri.remove_pod(&first).await?;
-    let before = Holdings::now()?;
-    Ok((node, cri, before))
-}
-
-async fn said(cri: &mut Cri, container: &str, script: &str) -> Result<String> {
-    let reply = cri.exec(container, &["sh", "-c", script]).await?;
-    let (out, err) = (String::from_utf8(reply.stdout)?, String::from_utf8_lossy(&reply.stderr).into_owned());
-    ensure!(reply.exit_code == 0, "{script:?} exited with {}: {out}{err}", reply.exit_code);
-    Ok(out)
-}
 
 #[tokio::test]
 async fn a_pod_needs_no_pause_container() -> Result<()> {
-    let (node, mut cri, before) = connect().await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let pod = cri.run_pod(cri::pod_config("shim-sandbox"), SANDBOX_HANDLER).await;
     if containerd::version()? < (2, 0) {
         // It does not know the API, and says so.
@@ -41,14 +23,14 @@ async fn a_pod_needs_no_pause_container() -> Result<()> {
 
     let sleeper = cri::container_config("one", BUSYBOX_IMAGE, &["sleep", "1000"]);
     let one = cri.run_container(&pod, sleeper).await.with_context(|| node.containerd_log())?;
-    ensure!(said(&mut cri, &one, "hostname").await? == "shim-sandbox\n");
+    ensure!(cri.said(&one, "hostname").await? == "shim-sandbox\n");
     cri.remove_pod(&pod).await.with_context(|| node.containerd_log())?;
     before.assert_nothing_added()
 }
 
 #[tokio::test]
 async fn the_end_of_the_machine_is_the_end_of_the_pod() -> Result<()> {
-    let (node, mut cri, before) = connect().await?;
+    let (node, mut cri, before) = cri::ready().await?;
     if containerd::version()? < (2, 0) {
         return Ok(());
     }

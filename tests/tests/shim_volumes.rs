@@ -5,8 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
-    cri::{self, Cri, ImageSpec, Mount, MountPropagation, VersionRequest},
-    node::Node,
+    cri::{self, ImageSpec, Mount, MountPropagation, VersionRequest},
 };
 
 fn run(line: &str) -> Result<()> {
@@ -17,12 +16,10 @@ fn run(line: &str) -> Result<()> {
 
 #[tokio::test]
 async fn an_image_is_a_volume() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
+    let (node, mut cri, before) = cri::ready().await?;
     let version = cri.raw().version(VersionRequest::default()).await?.into_inner().runtime_version;
     let numbers: Vec<u32> =
         version.trim_start_matches('v').split('.').map_while(|number| number.parse().ok()).collect();
-    let before = cri::with_bridge(&mut cri).await?;
     let pod = cri.run_pod(cri::pod_config("shim-image"), "caisson").await?;
     let mut config = cri::container_config("user", BUSYBOX_IMAGE, &["sleep", "1000"]);
     let image = ImageSpec { image: BUSYBOX_IMAGE.into(), ..ImageSpec::default() };
@@ -48,9 +45,7 @@ async fn an_image_is_a_volume() -> Result<()> {
 /// A share of mounts in both directions can't be had with a machine in between.
 #[tokio::test]
 async fn mounts_that_should_appear_on_the_host_are_refused() -> Result<()> {
-    let node = Node::ready()?;
-    let mut cri = Cri::connect(node.socket()).await?;
-    let before = cri::with_bridge(&mut cri).await?;
+    let (_, mut cri, before) = cri::ready().await?;
     let pod = cri.run_pod(cri::pod_config("shim-shared"), "caisson").await?;
     let volume = tempfile::tempdir_in("/var/tmp")?;
     run(&format!("mount --bind {0} {0}; mount --make-shared {0}", volume.path().display()))?;
