@@ -1,11 +1,11 @@
 //! The shared directory, asked for files in messages whose headers and lengths are right.
 #![no_main]
 
-use std::{fs, fs::File, os::fd::OwnedFd, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc};
+use std::fs;
 
 use arbitrary::Arbitrary;
-use caisson_vmm::devices::fs::{CachePolicy, Fs, FsConfig, Workers};
-use caisson_vmm_fuzz::{Session, Step, limit_file_size, memory, play};
+use caisson_vmm::devices::fs::{CachePolicy, FsConfig};
+use caisson_vmm_fuzz::{Session, Step, memory, play, share};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
@@ -80,18 +80,6 @@ impl Request {
     }
 }
 
-fn open(path: &Path) -> OwnedFd {
-    let flags = libc::O_PATH | libc::O_DIRECTORY;
-    File::options().read(true).custom_flags(flags).open(path).expect("a directory").into()
-}
-
-thread_local! {
-    static WORKERS: Arc<Workers> = {
-        limit_file_size();
-        Workers::start(1, open(Path::new("/proc/self/fd"))).expect("a worker")
-    };
-}
-
 /// INIT: 7.39, with everything on offer.
 fn init() -> Step {
     let mut message = Vec::new();
@@ -113,7 +101,7 @@ fuzz_target!(|input: (bool, Vec<Request>)| {
 
     let cache = if cached { CachePolicy::Always } else { CachePolicy::Auto };
     let config = FsConfig { tag: "fuzzed".into(), max_descriptors: 32, cache, ..FsConfig::default() };
-    let device = Fs::new(config, open(&dir), WORKERS.with(Arc::clone)).expect("a device");
+    let device = share(config, &dir);
     let mut steps = vec![init()];
     for (unique, request) in (1..).zip(requests.iter().take(60)) {
         let queue = u8::from(!request.urgent);

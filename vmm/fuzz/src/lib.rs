@@ -4,10 +4,16 @@
 //! finds a device that does not come to rest: each event is handled once, and a device that works on without
 //! end trips libFuzzer's timeout.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use arbitrary::Arbitrary;
 use caisson_vmm::{
+    devices::fs::{Fs, FsConfig, Workers},
     memory::GuestMem,
     virtio::{
         DeviceEvent, PollSource, VirtioDevice,
@@ -126,8 +132,27 @@ pub fn memory() -> GuestMem {
     Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("a megabyte"))
 }
 
+thread_local! {
+    /// What serves files in this process.
+    static WORKERS: Arc<Workers> = {
+        limit_file_size();
+        Workers::start(1, open(Path::new("/proc/self/fd"))).expect("a worker")
+    };
+}
+
+/// Shares a directory.
+#[must_use]
+pub fn share(config: FsConfig, directory: &Path) -> Fs {
+    Fs::new(config, open(directory), WORKERS.with(Arc::clone)).expect("a device")
+}
+
+fn open(path: &Path) -> OwnedFd {
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    File::options().read(true).custom_flags(flags).open(path).expect("a directory").into()
+}
+
 /// Has whatever would make a file longer than a megabyte fail in this process, so that no input fills a disk.
-pub fn limit_file_size() {
+fn limit_file_size() {
     let limit = libc::rlimit { rlim_cur: 1 << 20, rlim_max: 1 << 20 };
     // SAFETY: the structure is as the call wants it.
     let result = unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) };
