@@ -99,25 +99,20 @@ impl Containerd {
         fs::write(dir.join("cni/10-caisson-e2e.conflist"), CNI_CONFIG)?;
         write_config(dir, version()?)?;
         scratch(&dir.join(SCRATCH))?;
-
-        let log = File::create(dir.join("containerd.log"))?;
-        let mut command = Command::new("containerd");
-        command.arg("--config").arg(dir.join("config.toml"));
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        // A group of its own: a Ctrl-C at the terminal ends the runner, which then ends containerd in order.
-        command.process_group(0);
-        if let Some(path) = path {
-            let old = std::env::var("PATH").unwrap_or_default();
-            command.env("PATH", format!("{}:{old}", path.display()));
-        }
-        // Shims inherit containerd's environment.
-        command.env("CAISSON_CONFIG", runtime_config(dir, path)?);
-        // With a number in it, the next shims die on purpose.
-        command.env("CAISSON_FAILPOINT", dir.join(FAILPOINT));
-        let child = command.spawn().context("starting containerd")?;
-        let mut containerd = Self { child, dir: dir.to_owned() };
+        let mut containerd = Self { child: spawn(dir, path)?, dir: dir.to_owned() };
         containerd.wait_until_up()?;
         Ok(containerd)
+    }
+
+    /// Kills containerd, so that it can do nothing for what it runs, and starts it again.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn restart(&mut self, path: Option<&Path>) -> Result<()> {
+        self.child.kill().context("killing containerd")?;
+        self.child.wait()?;
+        self.child = spawn(&self.dir, path)?;
+        self.wait_until_up()
     }
 
     /// Loads an OCI archive for `ctr` and for CRI.
@@ -158,7 +153,18 @@ impl Containerd {
     ///
     /// # Errors
     /// When something can't be undone.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(self) -> Result<()> {
+        self.end()?;
+        // Absent unless a pod ran.
+        Command::new("ip").args(["link", "delete", BRIDGE]).stderr(Stdio::null()).status()?;
+        CGROUPS.into_iter().try_for_each(|cgroup| leaks::remove_cgroup(&cgroup_path(cgroup)))
+    }
+
+    /// Ends containerd in order, one of several that share the pods' bridge and cgroup.
+    ///
+    /// # Errors
+    /// When it or the mounts of its state directory stay.
+    pub fn end(mut self) -> Result<()> {
         let pid = self.child.id().to_string();
         Command::new("kill").args(["-TERM", &pid]).status().context("stopping containerd")?;
         let deadline = Instant::now() + STOP;
@@ -168,13 +174,11 @@ impl Containerd {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        // Absent unless a pod ran.
-        Command::new("ip").args(["link", "delete", BRIDGE]).stderr(Stdio::null()).status()?;
-        leaks::unmount_below(&self.dir)?;
-        CGROUPS.into_iter().try_for_each(|cgroup| leaks::remove_cgroup(&cgroup_path(cgroup)))
+        leaks::unmount_below(&self.dir)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// containerd's socket.
+    pub fn socket(&self) -> PathBuf {
         self.dir.join("containerd.sock")
     }
 
@@ -213,6 +217,25 @@ fn scratch(path: &Path) -> Result<()> {
     let made = crate::ctr::run(&mut command)?;
     ensure!(made.code == 0, "mkfs.ext4: {}", made.stderr);
     Ok(())
+}
+
+/// Starts containerd's process, which adds to its log.
+fn spawn(dir: &Path, path: Option<&Path>) -> Result<Child> {
+    let log = File::options().create(true).append(true).open(dir.join("containerd.log"))?;
+    let mut command = Command::new("containerd");
+    command.arg("--config").arg(dir.join("config.toml"));
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    // A group of its own: a Ctrl-C at the terminal ends the runner, which then ends containerd in order.
+    command.process_group(0);
+    if let Some(path) = path {
+        let old = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{old}", path.display()));
+    }
+    // Shims inherit containerd's environment.
+    command.env("CAISSON_CONFIG", runtime_config(dir, path)?);
+    // With a number in it, the next shims die on purpose.
+    command.env("CAISSON_FAILPOINT", dir.join(FAILPOINT));
+    command.spawn().context("starting containerd")
 }
 
 /// Where a cgroup's directory is.
