@@ -84,7 +84,8 @@ async fn a_vmm_that_dies_at_any_stage_is_seen_and_leaves_nothing() -> Result<()>
         }
         kill_vmm()?;
         if let Some(busy) = busy {
-            let ended = tokio::time::timeout(Duration::from_secs(20), busy).await.context("exec goes on")??;
+            let ended =
+                tokio::time::timeout(Duration::from_secs(20), busy).await.context("exec goes on")??;
             ensure!(ended.as_ref().map_or(true, |exec| exec.exit_code == 137), "{ended:?}");
         }
         match container {
