@@ -28,6 +28,7 @@ async fn pod(mut cri: Cri, name: String) -> Result<(cri::Pod, String)> {
 }
 
 #[tokio::test]
+#[ignore = "minutes on an emulated machine"]
 async fn ten_pods_run_at_once() -> Result<()> {
     let (node, cri, before) = cri::ready().await?;
     let hands = Arc::new(Semaphore::new(HANDS));

@@ -172,7 +172,8 @@ async fn failures(cri: &mut Cri, pod: &Pod, plain: &str, answers: &mut Answers) 
 /// How a container ended, as kubectl shows it.
 async fn ending(cri: &mut Cri, container: &str) -> Result<String> {
     let status = cri.wait(container).await?;
-    ensure!(status.started_at > 0 && status.finished_at >= status.started_at, "{status:?}");
+    // containerd notes a start when it has happened: a short life may be over by then.
+    ensure!(status.started_at > 0 && status.finished_at >= status.created_at, "{status:?}");
     Ok(format!("exit {} {}", status.exit_code, status.reason))
 }
 
