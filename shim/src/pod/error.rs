@@ -105,7 +105,9 @@ impl PodError {
             PodError::Invalid(_) | PodError::Bundle(_) | PodError::Spec(_) | PodError::Config(_) => {
                 Code::InvalidArgument
             }
-            PodError::Sizing(SizingError::TooMuchMemory { .. }) => Code::ResourceExhausted,
+            PodError::Sizing(SizingError::TooMuchMemory { .. } | SizingError::BeyondGrowth { .. }) => {
+                Code::ResourceExhausted
+            }
             PodError::Sizing(_) => Code::InvalidArgument,
             PodError::Unimplemented(_) => Code::Unimplemented,
             PodError::Directory(DirectoryError::Owned(_)) => Code::AlreadyExists,

@@ -83,7 +83,7 @@ impl PodSize {
         if size == self.size {
             return Ok(());
         }
-        let target = self.shape.target(size);
+        let target = self.shape.target(size)?;
         if target.vcpus < size.vcpus {
             tracing::warn!(wanted = size.vcpus, gets = target.vcpus, "the machine was made for fewer vCPUs");
         }

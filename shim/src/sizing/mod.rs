@@ -41,6 +41,8 @@ pub struct Policy {
     pub guest_overhead_mib: u64,
     /// vCPUs that a pod with fewer can grow to in place.
     pub growth_vcpus: u8,
+    /// Memory in MiB that a pod can get in place beyond what it began with.
+    pub growth_memory_mib: u64,
 }
 
 /// A machine's size.
@@ -76,6 +78,14 @@ pub enum SizingError {
         /// What was asked for.
         asked_mib: u64,
         /// What is allowed.
+        max_mib: u64,
+    },
+    /// More memory than the machine was made for.
+    #[error("a machine of {asked_mib} MiB: it was made to grow to {max_mib} MiB (sizing.growth_memory_mib)")]
+    BeyondGrowth {
+        /// What was asked for, with the guest's own.
+        asked_mib: u64,
+        /// What it can become.
         max_mib: u64,
     },
 }
@@ -128,23 +138,31 @@ impl Policy {
     /// How a machine of this size is made, so that it can become another.
     pub fn shape(&self, boot: Size) -> Shape {
         let most_mib = self.max_memory_mib.saturating_add(self.guest_overhead_mib);
+        let growth_mib = most_mib.saturating_sub(boot.memory_mib).min(self.growth_memory_mib);
         Shape {
             boot,
             max_vcpus: self.growth_vcpus.min(self.max_vcpus).max(boot.vcpus),
-            hotplug_mib: most_mib.saturating_sub(boot.memory_mib).next_multiple_of(BLOCK_MIB),
+            hotplug_mib: growth_mib.next_multiple_of(BLOCK_MIB),
         }
     }
 }
 
 impl Shape {
-    /// How to get to another size, as near as the machine can.
-    pub fn target(&self, size: Size) -> Target {
+    /// How to get to another size, with as many of its vCPUs as the machine can have.
+    ///
+    /// # Errors
+    /// For more memory than it can have.
+    pub fn target(&self, size: Size) -> Result<Target, SizingError> {
+        let max_mib = self.boot.memory_mib.saturating_add(self.hotplug_mib);
+        if size.memory_mib > max_mib {
+            return Err(SizingError::BeyondGrowth { asked_mib: size.memory_mib, max_mib });
+        }
         let beyond = size.memory_mib.saturating_sub(self.boot.memory_mib);
-        Target {
+        Ok(Target {
             vcpus: size.vcpus.min(self.max_vcpus),
             plugged_mib: beyond.next_multiple_of(STEP_MIB).min(self.hotplug_mib),
             balloon_mib: self.boot.memory_mib.saturating_sub(size.memory_mib),
-        }
+        })
     }
 }
 
@@ -160,6 +178,7 @@ mod tests {
         max_memory_mib: 4096,
         guest_overhead_mib: 32,
         growth_vcpus: 4,
+        growth_memory_mib: 4096,
     };
 
     fn size(pairs: &[(&str, &str)]) -> Result<Size, SizingError> {
@@ -210,12 +229,15 @@ mod tests {
         let shape = POLICY.shape(Size { vcpus: 1, memory_mib: 160 });
         assert_eq!((shape.max_vcpus, shape.hotplug_mib), (4, 3968));
         let target = |vcpus, memory_mib| {
-            let target = shape.target(Size { vcpus, memory_mib });
+            let target = shape.target(Size { vcpus, memory_mib }).unwrap();
             (target.vcpus, target.plugged_mib, target.balloon_mib)
         };
         assert_eq!(target(1, 160), (1, 0, 0));
         assert_eq!(target(3, 261), (3, 104, 0));
         assert_eq!(target(9, 100), (4, 0, 60));
+        let small = Policy { growth_memory_mib: 256, ..POLICY }.shape(Size { vcpus: 1, memory_mib: 160 });
+        let refused = SizingError::BeyondGrowth { asked_mib: 417, max_mib: 416 };
+        assert_eq!(small.target(Size { vcpus: 1, memory_mib: 417 }), Err(refused));
     }
 
     proptest! {
@@ -234,7 +256,7 @@ mod tests {
         fn every_size_that_a_pod_may_have_is_in_reach(first in 1..=4096u64, then in 1..=4096u64) {
             let of = |mib| Size { vcpus: 1, memory_mib: mib + POLICY.guest_overhead_mib };
             let shape = POLICY.shape(of(first));
-            let target = shape.target(of(then));
+            let target = shape.target(of(then)).unwrap();
             let reached = shape.boot.memory_mib + target.plugged_mib - target.balloon_mib;
             prop_assert!(reached >= of(then).memory_mib && reached < of(then).memory_mib + STEP_MIB);
         }
