@@ -115,6 +115,11 @@ impl Containerd {
         self.wait_until_up()
     }
 
+    /// What it and its shims have logged, for a test's message.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default()
+    }
+
     /// Loads an OCI archive for `ctr` and for CRI.
     ///
     /// # Errors
@@ -190,7 +195,7 @@ impl Containerd {
                 return Ok(());
             }
             if let Some(status) = self.child.try_wait()? {
-                let log = fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default();
+                let log = self.log();
                 bail!("containerd ended with {status}:\n{log}");
             }
             if Instant::now() > deadline {

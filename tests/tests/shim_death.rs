@@ -128,7 +128,7 @@ async fn a_containerd_that_dies_finds_everything_again() -> Result<()> {
 
     let mut client = Cri::connect(containerd.socket()).await?;
     let ended = client.wait(&talker).await?;
-    ensure!(ended.exit_code == 8, "{ended:?}");
+    ensure!(ended.exit_code == 8, "{ended:?}; {}", containerd.log());
     let log = std::fs::read_to_string(logs.join("talker.log"))?;
     let said: Vec<_> = log.lines().filter_map(|line| line.rsplit_once(" F ")).map(|(_, said)| said).collect();
     let expected: Vec<_> = (1..=100).map(|n| format!("line {n}")).collect();

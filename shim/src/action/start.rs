@@ -24,6 +24,9 @@ pub(super) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
 /// The most that is read from standard input, in bytes.
 const MAX_PARAMS: u64 = 4 << 20;
+/// In every container's bundle: where its shim listens. A containerd 1.7 that comes back finds its containers by this
+/// file, and takes one without it for dead.
+const ADDRESS: &str = "address";
 /// In the bundle: the handler's configuration, when containerd has it as text.
 const HANDLER_CONFIG: &str = "caisson.toml";
 
@@ -78,6 +81,8 @@ fn find_or_start(
     let (pod, first) = subject.pod()?;
     let socket = socket_path(Path::new(SOCKETS), &invocation.address, &subject.namespace, &pod);
     let address = format!("unix://{}", socket.display());
+    let note = subject.bundle.join(ADDRESS);
+    fs::write(&note, &address).map_err(io_error(format!("write {note:?}")))?;
     if UnixStream::connect(&socket).is_ok() {
         return Ok(address);
     }
@@ -152,12 +157,7 @@ fn spawn(
     // Signals that end containerd's group are not for it.
     command.process_group(0);
     let child = command.spawn().map_err(io_error("start the shim"))?;
-    // Which containerds before 1.7 look for, and people.
-    for (name, text) in
-        [("address", format!("unix://{}", socket.display())), ("shim.pid", child.id().to_string())]
-    {
-        let path: PathBuf = subject.bundle.join(name);
-        fs::write(&path, text).map_err(io_error(format!("write {path:?}")))?;
-    }
+    // For people. Nothing depends on it.
+    let _ = fs::write(subject.bundle.join("shim.pid"), child.id().to_string());
     Ok(())
 }
