@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use caisson_protocol::v1::Metric;
 use caisson_protocol::v1::metric::Kind;
 
-use crate::guest::read;
+use crate::guest::{decimal, read};
 use crate::state::State;
 
 /// Bytes, from /proc/meminfo.
@@ -31,7 +31,7 @@ pub fn collect(state: &State) -> Vec<Metric> {
     if let Ok(text) = read("/proc/stat") {
         metrics.extend(cpu_seconds(&text));
     }
-    if let Some(load) = read("/proc/loadavg").ok().and_then(|text| text.split(' ').next()?.parse().ok()) {
+    if let Some(load) = read("/proc/loadavg").ok().and_then(|text| decimal(text.split(' ').next()?)) {
         metrics.push(metric("load1", Kind::Gauge, load));
     }
     if let Ok(text) = read("/proc/self/status") {

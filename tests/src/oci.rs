@@ -13,7 +13,7 @@ use std::{
 
 use caisson_agent::{
     container::{Config, CreateRequest, Error, Event, ExecRequest, Runtime, Stdio},
-    oci::{Process, Spec},
+    oci::Document,
     reaper::Reaper,
 };
 use serde_json::{Value, json};
@@ -148,7 +148,7 @@ impl Bed {
     /// # Panics
     /// When the specification is not one.
     pub async fn create(&self, id: &str, spec: &Value, stdio: Stdio) -> Result<Option<OwnedFd>, Error> {
-        let spec = Spec::from_json(spec.to_string().as_bytes()).unwrap();
+        let spec = Document::spec(spec.to_string().into_bytes()).unwrap();
         let request = CreateRequest { id: id.to_owned(), spec, rootfs: None, stdio };
         Ok(self.runtime.create(request).await?.terminal)
     }
@@ -164,7 +164,7 @@ impl Bed {
         let mut process = self.spec(script)["process"].clone();
         process.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         let (reader, stdio) = output();
-        let process: Process = serde_json::from_value(process).unwrap();
+        let process = Document::process(process.to_string().into_bytes()).unwrap();
         let request = ExecRequest { container: "c".into(), id: "e".into(), process, stdio };
         self.runtime.exec(request).await?;
         let text = tokio::task::spawn_blocking(move || text(reader)).await.unwrap();

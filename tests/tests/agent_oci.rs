@@ -355,7 +355,7 @@ async fn limits_hold_and_are_reported() {
         [read("cpu.max"), read("cpu.weight"), read("memory.low")],
         ["50000 100000\n", "100\n", "1048576\n"]
     );
-    let update: Resources = serde_json::from_value(json!({"pids": {"limit": 30}})).unwrap();
+    let update = Resources::from_json(br#"{"pids": {"limit": 30}}"#).unwrap();
     bed.runtime.update("c", update).await.unwrap();
     assert_eq!(read("pids.max"), "30\n");
     bed.runtime.remove("c", true).await.unwrap();
@@ -395,7 +395,7 @@ async fn limits_of_disks_and_huge_pages() {
     let pages = bed.runtime.stats("c").unwrap().hugetlb;
     assert!(pages.iter().any(|pages| (&*pages.page_size, pages.max) == ("2MB", 4 << 20)), "{pages:?}");
     let update = json!({"blockIO": {"throttleReadBpsDevice": limit(0)}});
-    bed.runtime.update("c", serde_json::from_value(update).unwrap()).await.unwrap();
+    bed.runtime.update("c", Resources::from_json(update.to_string().as_bytes()).unwrap()).await.unwrap();
     assert!(read("io.max").contains("rbps=max wbps=2097152"), "{}", read("io.max"));
     bed.runtime.remove("c", true).await.unwrap();
 

@@ -17,9 +17,10 @@ use crate::{
 pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The agent is static, as the guest has no C library but the containers' own; and small, as every guest has it in
-/// memory: equal functions are kept once, and its relocations packed.
-const AGENT_FLAGS: &str =
-    "-C target-feature=+crt-static -C link-arg=-Wl,--icf=all -C link-arg=-Wl,--pack-dyn-relocs=relr";
+/// memory: equal functions are kept once, its relocations packed, and with frame pointers the tables for unwinding need
+/// not tell of every push.
+const AGENT_FLAGS: &str = "-C target-feature=+crt-static -C force-frame-pointers=yes \
+                           -C link-arg=-Wl,--icf=all -C link-arg=-Wl,--pack-dyn-relocs=relr";
 
 /// The directory that [`build`] fills.
 pub(crate) fn directory(host: &Host) -> PathBuf {

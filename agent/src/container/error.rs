@@ -2,10 +2,10 @@
 
 use std::io;
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::State;
+use crate::oci::ParseError;
 
 /// Why a container operation failed.
 #[derive(Debug, Error)]
@@ -18,6 +18,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The specification can not be read. Nothing was changed.
+    #[error("the specification")]
+    Parse(#[from] ParseError),
     /// The specification asks for what this runtime or the guest's kernel does not do. Nothing was changed.
     #[error("{field} is not supported: {reason}")]
     Unsupported {
@@ -106,38 +109,77 @@ impl Error {
 }
 
 /// An [`Error`] on its way from the helper to the agent.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Failure {
-    Invalid { field: String, reason: String },
-    Unsupported { field: String, reason: String },
-    Apply { field: String, action: String, errno: i32 },
-    Exec { program: String, errno: i32 },
-    System { action: String, errno: i32 },
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub(crate) struct Failure {
+    #[prost(enumeration = "Kind", tag = "1")]
+    kind: i32,
+    /// The member at fault, or the program.
+    #[prost(string, tag = "2")]
+    what: String,
+    /// The reason, or the action that failed.
+    #[prost(string, tag = "3")]
+    text: String,
+    #[prost(int32, tag = "4")]
+    errno: i32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+enum Kind {
+    System = 0,
+    Invalid = 1,
+    Unsupported = 2,
+    Apply = 3,
+    Exec = 4,
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
+        let failure = |kind: Kind, what, text, errno| Failure { kind: kind.into(), what, text, errno };
         let errno = |source: &io::Error| source.raw_os_error().unwrap_or(libc::EIO);
+        let none = String::new;
         match error {
-            Error::Invalid { field, reason } => Failure::Invalid { field, reason },
-            Error::Unsupported { field, reason } => Failure::Unsupported { field, reason },
-            Error::Apply { field, action, source } => Failure::Apply { field, action, errno: errno(&source) },
-            Error::Exec { program, source } => Failure::Exec { program, errno: errno(&source) },
-            Error::System { action, source } => Failure::System { action, errno: errno(&source) },
-            other => Failure::System { action: other.to_string(), errno: libc::EPROTO },
+            Error::Invalid { field, reason } => failure(Kind::Invalid, field, reason, 0),
+            Error::Unsupported { field, reason } => failure(Kind::Unsupported, field, reason, 0),
+            Error::Apply { field, action, source } => failure(Kind::Apply, field, action, errno(&source)),
+            Error::Exec { program, source } => failure(Kind::Exec, program, none(), errno(&source)),
+            Error::System { action, source } => failure(Kind::System, none(), action, errno(&source)),
+            other => failure(Kind::System, none(), other.to_string(), libc::EPROTO),
         }
     }
 }
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Error {
-        let source = io::Error::from_raw_os_error;
-        match failure {
-            Failure::Invalid { field, reason } => Error::Invalid { field, reason },
-            Failure::Unsupported { field, reason } => Error::Unsupported { field, reason },
-            Failure::Apply { field, action, errno } => Error::Apply { field, action, source: source(errno) },
-            Failure::Exec { program, errno } => Error::Exec { program, source: source(errno) },
-            Failure::System { action, errno } => Error::System { action, source: source(errno) },
+        let kind = failure.kind();
+        let Failure { what, text, errno, .. } = failure;
+        let source = io::Error::from_raw_os_error(errno);
+        match kind {
+            Kind::Invalid => Error::Invalid { field: what, reason: text },
+            Kind::Unsupported => Error::Unsupported { field: what, reason: text },
+            Kind::Apply => Error::Apply { field: what, action: text, source },
+            Kind::Exec => Error::Exec { program: what, source },
+            Kind::System => Error::System { action: text, source },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_survive_the_way_from_the_helper() {
+        let source = || io::Error::from_raw_os_error(libc::EPERM);
+        for error in [
+            Error::invalid("a", "b"),
+            Error::unsupported("a", "b"),
+            Error::apply("a", "b")(source()),
+            Error::system("b")(source()),
+            Error::Exec { program: "a".to_owned(), source: source() },
+        ] {
+            let text = format!("{error:?}");
+            assert_eq!(format!("{:?}", Error::from(Failure::from(error))), text);
         }
     }
 }

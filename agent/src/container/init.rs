@@ -34,16 +34,18 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use self::identity::Identity;
 use self::root::Root;
-use self::wire::{Answer, ContainerSetup, ExecSetup, Order, Setup};
+use self::wire::{Answer, ContainerSetup, ExecSetup, Order, Process, Setup, Word};
 use super::error::Failure;
+use super::seccomp::Filter;
 use super::{Error, sys};
-use crate::oci::NamespaceKind;
+use crate::oci::{Document, NamespaceKind, Spec};
 
 /// The name under which the agent executes itself as a helper.
 pub const ARGV0: &str = "caisson-init";
@@ -61,7 +63,7 @@ pub fn run_if_helper() -> Option<ExitCode> {
         Ok(()) => Some(ExitCode::SUCCESS),
         Err(error) => {
             // When the agent is gone, so is whoever would want to know.
-            let _ = agent.answer(Answer::Failed(Failure::from(error)), None);
+            let _ = agent.answer(Word::Failed(Failure::from(error)), None);
             Some(ExitCode::FAILURE)
         }
     }
@@ -73,13 +75,29 @@ fn work(agent: &mut Agent) -> Result<(), Error> {
     sys::close_from(4).map_err(Error::system("close inherited descriptors"))?;
     nix::fcntl::fcntl(&agent.0, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
         .map_err(|errno| Error::system("mark the socket")(errno.into()))?;
-    match wire::receive(&mut agent.0).map_err(Error::system("read the set-up"))? {
-        Setup::Container(setup) => container(agent, &setup),
-        Setup::Exec(setup) => exec(agent, &setup),
+    let setup: Setup = wire::receive(&mut agent.0).map_err(Error::system("read the set-up"))?;
+    match setup.process.ok_or(Error::HelperGone)? {
+        Process::First(setup) => container(agent, &Blueprint::of(setup)?),
+        Process::Exec(setup) => exec(agent, setup),
     }
 }
 
-fn container(agent: &mut Agent, setup: &ContainerSetup) -> Result<(), Error> {
+/// What a container is made from.
+struct Blueprint {
+    spec: Spec,
+    cgroup: PathBuf,
+    filter: Option<Filter>,
+}
+
+impl Blueprint {
+    fn of(setup: ContainerSetup) -> Result<Blueprint, Error> {
+        let (mut spec, _) = Document::spec(setup.spec)?.into_parts();
+        spec.root.get_or_insert_default().path = setup.rootfs.into();
+        Ok(Blueprint { spec, cgroup: setup.cgroup.into(), filter: setup.filter })
+    }
+}
+
+fn container(agent: &mut Agent, setup: &Blueprint) -> Result<(), Error> {
     let linux = setup.spec.linux();
     let process = setup.spec.process.as_ref().ok_or_else(|| Error::invalid("process", "is required"))?;
     // The agent's procfs: the container's own is never trusted.
@@ -101,22 +119,23 @@ fn container(agent: &mut Agent, setup: &ContainerSetup) -> Result<(), Error> {
     }
     rootfs::enter(root, setup, procfs.as_fd())?;
     drop(procfs);
-    let identity = Identity::new(process, linux.personality.as_ref(), setup.filter.as_ref())?;
+    let identity = Identity::new(process, identity::personality(&linux)?, setup.filter.as_ref())?;
     finish(agent, identity, terminal)
 }
 
-fn exec(agent: &mut Agent, setup: &ExecSetup) -> Result<(), Error> {
-    namespaces::join(setup)?;
+fn exec(agent: &mut Agent, setup: ExecSetup) -> Result<(), Error> {
+    namespaces::join(&setup)?;
     if !fork(agent)? {
         return Ok(());
     }
     new_session()?;
     let root = Root::new(open_path("/")?);
-    let process = &setup.process;
+    let (process, _) = Document::process(setup.process)?.into_parts();
+    let process = &process;
     let terminal = if process.terminal { Some(console::open(&root, process)?) } else { None };
     console::own_streams(&root, process)?;
     drop(root);
-    let identity = Identity::new(process, setup.personality.as_ref(), setup.filter.as_ref())?;
+    let identity = Identity::new(process, setup.personality, setup.filter.as_ref())?;
     finish(agent, identity, terminal)
 }
 
@@ -131,10 +150,9 @@ fn finish(
         None => None,
     };
     identity.check_program()?;
-    agent.answer(Answer::Ready, master.as_ref().map(AsFd::as_fd))?;
+    agent.answer(Word::Ready(()), master.as_ref().map(AsFd::as_fd))?;
     drop(master);
-    let order = agent.order()?;
-    if !matches!(order, Order::Start) {
+    if agent.order()? != Order::START {
         return Err(Error::HelperGone);
     }
     // Nothing but the streams and the socket is open from here on, so no path leads through a descriptor.
@@ -151,7 +169,7 @@ fn fork(agent: &mut Agent) -> Result<bool, Error> {
         return Ok(true);
     }
     let pid = u32::try_from(pid).map_err(|_| Error::HelperGone)?;
-    agent.answer(Answer::Forked(pid), None)?;
+    agent.answer(Word::Forked(pid), None)?;
     Ok(false)
 }
 
@@ -160,7 +178,7 @@ fn new_session() -> Result<(), Error> {
     sys::new_session_keyring().map_err(Error::system("make a session keyring"))
 }
 
-fn set_names(setup: &ContainerSetup) -> Result<(), Error> {
+fn set_names(setup: &Blueprint) -> Result<(), Error> {
     let spec = &setup.spec;
     if spec.linux().namespace(NamespaceKind::Uts).is_none() {
         return Ok(());
@@ -189,14 +207,14 @@ fn open_path(path: &str) -> Result<OwnedFd, Error> {
 struct Agent(UnixStream);
 
 impl Agent {
-    fn answer(&mut self, answer: Answer, descriptor: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    fn answer(&mut self, word: Word, descriptor: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         let failed = || Error::system("answer the agent");
         let fds: Vec<_> = descriptor.iter().map(AsRawFd::as_raw_fd).collect();
         let control = [ControlMessage::ScmRights(&fds)];
         let control = if fds.is_empty() { &[][..] } else { &control[..] };
         sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&[0])], control, MsgFlags::MSG_NOSIGNAL, None)
             .map_err(|errno| failed()(errno.into()))?;
-        wire::send(&mut self.0, &answer).map_err(failed())
+        wire::send(&mut self.0, &Answer { word: Some(word) }).map_err(failed())
     }
 
     fn order(&mut self) -> Result<Order, Error> {
@@ -205,8 +223,8 @@ impl Agent {
 
     fn proceed(&mut self) -> Result<(), Error> {
         match self.order()? {
-            Order::Continue => Ok(()),
-            Order::Start => Err(Error::system("wait for the agent")(io::ErrorKind::InvalidData.into())),
+            Order::CONTINUE => Ok(()),
+            _ => Err(Error::system("wait for the agent")(io::ErrorKind::InvalidData.into())),
         }
     }
 }

@@ -61,7 +61,7 @@ pub struct CreateRequest {
     /// Unique; `[A-Za-z0-9_.-]{1,128}`, not "." or "..".
     pub id: String,
     /// Its configuration. `root.path` is replaced by [`CreateRequest::rootfs`] if that is set.
-    pub spec: oci::Spec,
+    pub spec: oci::Document<oci::Spec>,
     /// Directory of the root file system, absolute.
     pub rootfs: Option<PathBuf>,
     /// The first process's streams.
@@ -76,7 +76,7 @@ pub struct ExecRequest {
     /// Unique in its container; the same alphabet as a container's id.
     pub id: String,
     /// The process. Its absent capabilities mean none, as for a container.
-    pub process: oci::Process,
+    pub process: oci::Document<oci::Process>,
     /// Its streams.
     pub stdio: Stdio,
 }

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use tokio::sync::{oneshot, watch};
 
 use super::cgroup::Cgroup;
-use super::init::wire::{self, Answer, Order, Setup};
+use super::init::wire::{self, Answer, Order, Setup, Word};
 use super::{Created, Error, Exit, State, Stdio, init, sys, validate};
 use crate::oci;
 use crate::reaper::{ExitStatus, Reaper};
@@ -55,11 +55,11 @@ impl Process {
             return Err(Error::State { id: id.to_owned(), actual });
         };
         let mut channel = Channel { stream: gate };
-        channel.order(Order::Start)?;
+        channel.order(Order::START)?;
         match channel.answer()? {
             // The helper's end is close-on-exec.
             None => Ok(()),
-            Some((Answer::Failed(failure), _)) => Err(failure.into()),
+            Some((Word::Failed(failure), _)) => Err(failure.into()),
             Some(_) => Err(Error::HelperGone),
         }
     }
@@ -90,6 +90,8 @@ pub(super) struct Launch<'a> {
     pub(super) helper: BorrowedFd<'a>,
     pub(super) reaper: &'a Reaper,
     pub(super) cgroup: &'a Cgroup,
+    /// Of the container whose first process it is.
+    pub(super) linux: Option<&'a oci::Linux>,
 }
 
 impl Launch<'_> {
@@ -114,12 +116,14 @@ impl Launch<'_> {
         let mut child = Victim(None);
         let terminal = loop {
             match channel.answer()?.ok_or(Error::HelperGone)? {
-                (Answer::Failed(failure), _) => return Err(failure.into()),
-                (Answer::Unshared, _) => configure_namespaces(helper_pid, &setup)?,
-                (Answer::Forked(pid), _) => child.0 = Some(pid),
-                (Answer::Ready, terminal) => break terminal,
+                (Word::Failed(failure), _) => return Err(failure.into()),
+                (Word::Unshared(()), _) => {
+                    self.linux.map_or(Ok(()), |linux| configure_namespaces(helper_pid, linux))?
+                }
+                (Word::Forked(pid), _) => child.0 = Some(pid),
+                (Word::Ready(()), terminal) => break terminal,
             }
-            channel.order(Order::Continue)?;
+            channel.order(Order::CONTINUE)?;
         };
         let pid = child.0.ok_or(Error::HelperGone)?;
         let pidfd = sys::pidfd_open(pid).map_err(|_| Error::HelperGone)?;
@@ -188,9 +192,7 @@ async fn collect(status: oneshot::Receiver<ExitStatus>, sender: watch::Sender<Op
 }
 
 /// Writes what only a process outside the new namespaces may write.
-fn configure_namespaces(pid: u32, setup: &Setup) -> Result<(), Error> {
-    let Setup::Container(setup) = setup else { return Ok(()) };
-    let linux = setup.spec.linux();
+fn configure_namespaces(pid: u32, linux: &oci::Linux) -> Result<(), Error> {
     let write = |field: &str, file: &str, text: String| {
         fs::write(format!("/proc/{pid}/{file}"), text).map_err(Error::apply(field, format!("write {file}")))
     };
@@ -239,7 +241,7 @@ struct Channel {
 }
 
 impl Channel {
-    fn send<T: serde::Serialize>(&mut self, message: &T) -> Result<(), Error> {
+    fn send(&mut self, message: &impl prost::Message) -> Result<(), Error> {
         wire::send(&mut self.stream, message).map_err(Error::system("write to the helper"))
     }
 
@@ -248,7 +250,7 @@ impl Channel {
     }
 
     /// The helper's next answer with the descriptor that came along; `None` when it closed its end.
-    fn answer(&mut self) -> Result<Option<(Answer, Option<OwnedFd>)>, Error> {
+    fn answer(&mut self) -> Result<Option<(Word, Option<OwnedFd>)>, Error> {
         let failed = || Error::system("read from the helper");
         let mut byte = [0_u8; 1];
         let mut space = nix::cmsg_space!([RawFd; 1]);
@@ -279,7 +281,7 @@ impl Channel {
         if length == 0 {
             return Ok(None);
         }
-        let answer = wire::receive(&mut self.stream).map_err(failed())?;
-        Ok(Some((answer, descriptor)))
+        let answer: Answer = wire::receive(&mut self.stream).map_err(failed())?;
+        Ok(Some((answer.word.ok_or(Error::HelperGone)?, descriptor)))
     }
 }

@@ -6,17 +6,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
 use super::cgroup::{Cgroup, Stats};
-use super::init::wire::{ContainerSetup, ExecSetup, Setup};
+use super::init::wire::{self, ContainerSetup, ExecSetup, Setup};
 use super::process::{Launch, Process};
 use super::seccomp::{self, Filter};
 use super::{Config, CreateRequest, Created, Error, Event, ExecRequest, Exit, Info, ProcessInfo, State};
-use super::{sys, validate};
+use super::{init, sys, validate};
 use crate::oci::{self, NamespaceKind};
 use crate::reaper::Reaper;
 use crate::task;
@@ -330,7 +331,8 @@ impl Inner {
     }
 
     fn create(&self, request: CreateRequest) -> Result<Created, Error> {
-        let CreateRequest { id, mut spec, rootfs, stdio } = request;
+        let CreateRequest { id, spec, rootfs, stdio } = request;
+        let (mut spec, text) = spec.into_parts();
         validate::id("id", &id)?;
         if let Some(path) = rootfs {
             spec.root.get_or_insert_default().path = path;
@@ -349,20 +351,7 @@ impl Inner {
             Claim { runtime: self, id: id.clone() }
         };
         let cgroup = Arc::new(Cgroup::create(&self.config.cgroup.join(&id))?);
-        let setup = ContainerSetup {
-            id: id.clone(),
-            cgroup: cgroup.path().to_owned(),
-            spec: spec.clone(),
-            filter: filter.clone(),
-        };
-        let process = spec.process.clone().unwrap_or_default();
-        let launched =
-            self.launch(Setup::Container(Box::new(setup)), &process, stdio, &cgroup).and_then(|launched| {
-                let resources = spec.linux().resources.clone().unwrap_or_default();
-                cgroup.restrict_devices(&resources.devices)?;
-                cgroup.apply(&resources)?;
-                Ok(launched)
-            });
+        let launched = self.launch_first(&spec, text, filter.clone(), stdio, &cgroup);
         let (init, created) = match launched {
             Ok(launched) => launched,
             Err(error) => {
@@ -394,6 +383,7 @@ impl Inner {
 
     fn exec(&self, request: ExecRequest) -> Result<Created, Error> {
         let ExecRequest { container, id, process, stdio } = request;
+        let (process, text) = process.into_parts();
         let container = self.container(&container)?;
         validate::id("exec_id", &id)?;
         validate::process(&process)?;
@@ -412,16 +402,16 @@ impl Inner {
             init: container.init.pid(),
             user_namespace: container.spec.linux().namespace(NamespaceKind::User).is_some(),
             time_namespace: container.spec.linux().namespace(NamespaceKind::Time).is_some(),
-            personality: container.spec.linux().personality.clone(),
-            process: process.clone(),
+            personality: init::identity::personality(&container.spec.linux())?,
+            process: text,
             filter: container.filter.clone(),
         };
-        let launched = self
-            .launch(Setup::Exec(Box::new(setup)), &process, stdio, &container.cgroup)
-            .and_then(|(child, created)| {
-                child.start(&id)?;
-                Ok((child, created))
-            });
+        let setup = Setup { process: Some(wire::Process::Exec(setup)) };
+        let launch = self.launch(&container.cgroup, None);
+        let launched = launch.run(setup, &process, stdio).and_then(|(child, created)| {
+            child.start(&id)?;
+            Ok((child, created))
+        });
         match launched {
             Ok((child, created)) => {
                 let child = Arc::new(child);
@@ -436,14 +426,30 @@ impl Inner {
         }
     }
 
-    fn launch(
+    /// Makes a container's first process, and sets the container's limits.
+    fn launch_first(
         &self,
-        setup: Setup,
-        process: &oci::Process,
+        spec: &oci::Spec,
+        text: Vec<u8>,
+        filter: Option<Filter>,
         stdio: super::Stdio,
         cgroup: &Cgroup,
     ) -> Result<(Process, Created), Error> {
-        Launch { helper: self.helper.as_fd(), reaper: &self.reaper, cgroup }.run(setup, process, stdio)
+        // Both are names that this process was given as text.
+        let name = |path: &Path| path.to_string_lossy().into_owned();
+        let rootfs = spec.root.as_ref().map(|root| name(&root.path)).unwrap_or_default();
+        let setup = ContainerSetup { cgroup: name(cgroup.path()), rootfs, spec: text, filter };
+        let setup = Setup { process: Some(wire::Process::First(setup)) };
+        let (process, linux) = (spec.process.clone().unwrap_or_default(), spec.linux());
+        let launched = self.launch(cgroup, Some(&linux)).run(setup, &process, stdio)?;
+        let resources = linux.resources.clone().unwrap_or_default();
+        cgroup.restrict_devices(&resources.devices)?;
+        cgroup.apply(&resources)?;
+        Ok(launched)
+    }
+
+    fn launch<'a>(&'a self, cgroup: &'a Cgroup, linux: Option<&'a oci::Linux>) -> Launch<'a> {
+        Launch { helper: self.helper.as_fd(), reaper: &self.reaper, cgroup, linux }
     }
 }
 

@@ -13,7 +13,7 @@
 
 mod syscalls;
 
-use serde::{Deserialize, Serialize};
+use prost::Message;
 
 use self::syscalls::{IPC_CALLS, SOCKETCALLS, numbers};
 use super::Error;
@@ -21,21 +21,35 @@ use crate::oci::Seccomp;
 use crate::oci::seccomp::{Action, Argument, Operator, Rule};
 
 /// A compiled filter.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message)]
 pub struct Filter {
     /// seccomp(2) flags.
+    #[prost(uint32, tag = "1")]
     pub flags: u32,
-    /// Instructions: code, jump if true, jump if false, operand.
-    pub program: Vec<(u16, u8, u8, u32)>,
+    /// `struct sock_filter`, each in one number, its first member in the lowest bits.
+    #[prost(fixed64, repeated, tag = "2")]
+    program: Vec<u64>,
 }
 
 impl Filter {
+    fn new(flags: u32, code: &Code) -> Filter {
+        let pack = |&(code, yes, no, operand): &(u16, u8, u8, u32)| {
+            u64::from(code) | u64::from(yes) << 16 | u64::from(no) << 24 | u64::from(operand) << 32
+        };
+        Filter { flags, program: code.iter().map(pack).collect() }
+    }
+
     /// As the kernel takes it.
     pub(crate) fn instructions(&self) -> Vec<libc::sock_filter> {
-        self.program.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect()
+        let unpack = |&packed: &u64| {
+            let [c0, c1, jt, jf, k @ ..] = packed.to_le_bytes();
+            libc::sock_filter { code: u16::from_le_bytes([c0, c1]), jt, jf, k: u32::from_le_bytes(k) }
+        };
+        self.program.iter().map(unpack).collect()
     }
 }
 
+/// Instructions: code, jump if true, jump if false, operand.
 type Code = Vec<(u16, u8, u8, u32)>;
 
 const LOAD: u16 = 0x20;
@@ -113,7 +127,7 @@ pub fn compile(seccomp: &Seccomp) -> Result<Filter, Error> {
             format!("compiles to {} instructions, the kernel takes {MAX_INSTRUCTIONS}", program.len());
         return Err(Error::invalid("linux.seccomp.syscalls", reason));
     }
-    Ok(Filter { flags, program })
+    Ok(Filter::new(flags, &program))
 }
 
 /// The filter that every container gets: AF_VSOCK sockets do not exist, and neither does io_uring, which could make
@@ -156,7 +170,7 @@ pub fn vsock_guard() -> Filter {
     ]);
     guarded(&mut program, AUDIT_ARCH_I386, i386);
     program.push((RETURN, 0, 0, RET_ALLOW));
-    Filter { flags: 0, program }
+    Filter::new(0, &program)
 }
 
 fn errno(errno: i32) -> u32 {

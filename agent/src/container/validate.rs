@@ -32,8 +32,13 @@ pub fn spec(spec: &Spec) -> Result<(), Error> {
     if major != "1" {
         return Err(Error::unsupported("ociVersion", format!("{:?} is not 1.x", spec.version)));
     }
-    let foreign =
-        [("windows", &spec.windows), ("solaris", &spec.solaris), ("vm", &spec.vm), ("zos", &spec.zos)];
+    let foreign = [
+        ("windows", &spec.windows),
+        ("solaris", &spec.solaris),
+        ("vm", &spec.vm),
+        ("zos", &spec.zos),
+        ("freebsd", &spec.freebsd),
+    ];
     for (field, section) in foreign {
         if section.is_some() {
             return Err(Error::unsupported(field, "this is Linux"));
@@ -164,10 +169,7 @@ fn refused(linux: &Linux) -> Result<(), Error> {
     if !propagation.is_empty() && init::mounts::propagation(propagation).is_none() {
         return Err(Error::invalid("linux.rootfsPropagation", format!("{propagation:?} is unknown")));
     }
-    match &linux.personality {
-        Some(personality) => init::identity::personality(personality).map(|_| ()),
-        None => Ok(()),
-    }
+    init::identity::personality(linux).map(|_| ())
 }
 
 /// Checks limits.
@@ -384,6 +386,7 @@ fn absolute(field: &str, path: &Path) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::Document;
 
     fn minimal() -> serde_json::Value {
         serde_json::json!({
@@ -398,7 +401,7 @@ mod tests {
         let mut json = minimal();
         let (parent, key) = at.rsplit_once('/').unwrap();
         json.pointer_mut(parent).unwrap()[key] = value;
-        let parsed = Spec::from_json(json.to_string().as_bytes()).map_err(|error| error.to_string())?;
+        let parsed = Document::spec(json.to_string().into_bytes()).map_err(|error| error.to_string())?;
         spec(&parsed).map_err(|error| error.to_string())
     }
 

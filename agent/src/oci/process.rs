@@ -2,13 +2,10 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
-use super::null_default;
+use super::json::members;
 
 /// A process to be run in a container.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[derive(Clone, Debug, Default)]
 pub struct Process {
     /// Whether the process has a terminal of its own.
     pub terminal: bool,
@@ -17,19 +14,16 @@ pub struct Process {
     /// Who it runs as.
     pub user: User,
     /// Program and arguments.
-    #[serde(deserialize_with = "null_default")]
     pub args: Vec<String>,
     /// Windows only; kept so that it can be refused.
     pub command_line: String,
     /// `NAME=value` entries.
-    #[serde(deserialize_with = "null_default")]
     pub env: Vec<String>,
     /// Working directory, absolute.
     pub cwd: PathBuf,
     /// Capability sets. Absent: none at all.
     pub capabilities: Option<Capabilities>,
     /// Resource limits.
-    #[serde(deserialize_with = "null_default")]
     pub rlimits: Vec<Rlimit>,
     /// Whether exec can not gain privileges, prctl(2) PR_SET_NO_NEW_PRIVS.
     pub no_new_privileges: bool,
@@ -42,25 +36,31 @@ pub struct Process {
     /// CPU scheduling policy, sched(7).
     pub scheduler: Option<Scheduler>,
     /// I/O priority, ioprio_set(2).
-    #[serde(rename = "ioPriority")]
     pub io_priority: Option<IoPriority>,
     /// CPU affinity of execs while and after they enter; refused.
-    #[serde(rename = "execCPUAffinity")]
     pub exec_cpu_affinity: Option<serde_json::Value>,
 }
 
+members! { Process {
+    "terminal": terminal, "consoleSize": console_size, "user": user, "args": args,
+    "commandLine": command_line, "env": env, "cwd": cwd, "capabilities": capabilities, "rlimits": rlimits,
+    "noNewPrivileges": no_new_privileges, "apparmorProfile": apparmor_profile,
+    "selinuxLabel": selinux_label, "oomScoreAdj": oom_score_adj, "scheduler": scheduler,
+    "ioPriority": io_priority, "execCPUAffinity": exec_cpu_affinity,
+} }
+
 /// Size of a terminal in characters.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)] // Named as in the specification.
 pub struct ConsoleSize {
     pub height: u32,
     pub width: u32,
 }
 
+members! { ConsoleSize { "height": height, "width": width } }
+
 /// Who a process runs as, in ids of the container's user namespace.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[derive(Clone, Debug, Default)]
 pub struct User {
     /// User id.
     pub uid: u32,
@@ -69,34 +69,35 @@ pub struct User {
     /// File mode creation mask; absent: 0022.
     pub umask: Option<u32>,
     /// Supplementary groups.
-    #[serde(deserialize_with = "null_default")]
     pub additional_gids: Vec<u32>,
     /// Windows only; kept so that it can be refused.
     pub username: String,
 }
 
+members! { User {
+    "uid": uid, "gid": gid, "umask": umask, "additionalGids": additional_gids, "username": username,
+} }
+
 /// The five capability sets, capabilities(7), names as in `CAP_CHOWN`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default)]
 #[allow(missing_docs)] // Named as in the specification.
 pub struct Capabilities {
-    #[serde(deserialize_with = "null_default")]
     pub bounding: Vec<String>,
-    #[serde(deserialize_with = "null_default")]
     pub effective: Vec<String>,
-    #[serde(deserialize_with = "null_default")]
     pub inheritable: Vec<String>,
-    #[serde(deserialize_with = "null_default")]
     pub permitted: Vec<String>,
-    #[serde(deserialize_with = "null_default")]
     pub ambient: Vec<String>,
 }
 
+members! { Capabilities {
+    "bounding": bounding, "effective": effective, "inheritable": inheritable, "permitted": permitted,
+    "ambient": ambient,
+} }
+
 /// A resource limit, getrlimit(2).
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Rlimit {
     /// As in `RLIMIT_NOFILE`.
-    #[serde(rename = "type")]
     pub kind: String,
     /// Soft limit; `u64::MAX` is RLIM_INFINITY.
     pub soft: u64,
@@ -104,26 +105,32 @@ pub struct Rlimit {
     pub hard: u64,
 }
 
+members! { Rlimit { required "type": kind, required "soft": soft, required "hard": hard } }
+
 /// CPU scheduling attributes, sched_setattr(2).
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default)]
 #[allow(missing_docs)] // Named as in the specification.
 pub struct Scheduler {
     pub policy: String,
     pub nice: i32,
     pub priority: i32,
-    #[serde(deserialize_with = "null_default")]
     pub flags: Vec<String>,
     pub runtime: u64,
     pub deadline: u64,
     pub period: u64,
 }
 
+members! { Scheduler {
+    "policy": policy, "nice": nice, "priority": priority, "flags": flags, "runtime": runtime,
+    "deadline": deadline, "period": period,
+} }
+
 /// I/O scheduling class and priority, ioprio_set(2).
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default)]
 #[allow(missing_docs)] // Named as in the specification.
 pub struct IoPriority {
     pub class: String,
-    #[serde(default)]
     pub priority: i64,
 }
+
+members! { IoPriority { required "class": class, "priority": priority } }

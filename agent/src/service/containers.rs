@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use caisson_protocol::limits::{MAX_CONTAINERS, MAX_EXECS};
 use caisson_protocol::v1::{self as proto, containers_server, event};
-use serde::de::DeserializeOwned;
 use tonic::{Request, Response, Status};
 
 use super::{Shared, stats};
@@ -121,7 +120,7 @@ impl containers_server::Containers for Service {
         request: Request<proto::UpdateContainerRequest>,
     ) -> Result<Response<proto::UpdateContainerResponse>, Status> {
         let request = request.into_inner();
-        let resources = json("resources", &request.resources)?;
+        let resources = oci::Resources::from_json(&request.resources)?;
         self.0.runtime.update(&request.container_id, resources).await?;
         Ok(Response::new(proto::UpdateContainerResponse {}))
     }
@@ -199,7 +198,7 @@ async fn create(
     request: proto::CreateContainerRequest,
 ) -> Result<proto::CreateContainerResponse, Status> {
     crate::storage::check_id(&request.id)?;
-    let spec: oci::Spec = json("spec", &request.spec)?;
+    let spec = oci::Document::spec(request.spec)?;
     if shared.runtime.list().len() >= MAX_CONTAINERS {
         return Err(Status::resource_exhausted(format!("there are {MAX_CONTAINERS} containers already")));
     }
@@ -234,7 +233,7 @@ async fn create(
 
 async fn exec(shared: &Arc<Shared>, request: proto::ExecRequest) -> Result<proto::ExecResponse, Status> {
     crate::storage::check_id(&request.exec_id)?;
-    let process: oci::Process = json("process", &request.process)?;
+    let process = oci::Document::process(request.process)?;
     let (container, id) = (request.container_id, request.exec_id);
     if shared.processes.count(&container) > MAX_EXECS {
         return Err(Status::resource_exhausted(format!("{container} has {MAX_EXECS} execs already")));
@@ -262,8 +261,4 @@ async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<Response<T>, Status> {
     task::detached(work).await?.map(Response::new)
-}
-
-fn json<T: DeserializeOwned>(field: &str, bytes: &[u8]) -> Result<T, Status> {
-    serde_json::from_slice(bytes).map_err(|error| Status::invalid_argument(format!("{field}: {error}")))
 }

@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 use crate::container;
 use crate::guest::GuestError;
 use crate::network::NetworkError;
+use crate::oci::ParseError;
 use crate::pod::PodError;
 use crate::ring::Gap;
 use crate::storage::StorageError;
@@ -49,11 +50,17 @@ impl From<GuestError> for Status {
     }
 }
 
+impl From<ParseError> for Status {
+    fn from(error: ParseError) -> Status {
+        status(Code::InvalidArgument, &error)
+    }
+}
+
 impl From<container::Error> for Status {
     fn from(error: container::Error) -> Status {
         use container::Error;
         let code = match &error {
-            Error::Invalid { .. } | Error::Unsupported { .. } => Code::InvalidArgument,
+            Error::Invalid { .. } | Error::Parse(_) | Error::Unsupported { .. } => Code::InvalidArgument,
             Error::Exec { source, .. } => match source.raw_os_error() {
                 Some(libc::ENOENT) => Code::NotFound,
                 _ => Code::FailedPrecondition,

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::container::Error;
+use crate::guest::decimal;
 
 /// Statistics of a control group; absent parts have no controller.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -228,9 +229,9 @@ fn parse_pressure(text: &str) -> PressureStats {
             text.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(' ')).unwrap_or_default();
         for (key, value) in line.split_whitespace().filter_map(|pair| pair.split_once('=')) {
             match key {
-                "avg10" => pressure.avg10 = value.parse().unwrap_or(0.0),
-                "avg60" => pressure.avg60 = value.parse().unwrap_or(0.0),
-                "avg300" => pressure.avg300 = value.parse().unwrap_or(0.0),
+                "avg10" => pressure.avg10 = decimal(value).unwrap_or(0.0),
+                "avg60" => pressure.avg60 = decimal(value).unwrap_or(0.0),
+                "avg300" => pressure.avg300 = decimal(value).unwrap_or(0.0),
                 "total" => pressure.total_usec = value.parse().unwrap_or(0),
                 _ => {}
             }
@@ -274,7 +275,8 @@ mod tests {
         assert_eq!(stats.hugetlb.len(), 1);
         assert_eq!(stats.hugetlb[0].failcnt, 7);
         let cpu = stats.cpu.unwrap();
-        assert_eq!((cpu.user_usec, cpu.pressure.unwrap().some.total_usec), (6, 99));
+        let some = cpu.pressure.unwrap().some;
+        assert_eq!((cpu.user_usec, some.avg10, some.total_usec), (6, 0.5, 99));
         assert_eq!(stats.pids, None);
         assert!(read(&dir.path().join("gone")).is_err());
     }

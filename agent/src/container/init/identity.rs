@@ -10,7 +10,7 @@ use nix::unistd::{Gid, Uid};
 
 use crate::container::seccomp::{self, Filter};
 use crate::container::{Error, sys};
-use crate::oci::linux::Personality;
+use crate::oci::Linux;
 use crate::oci::process::{Capabilities, Process};
 
 /// By number, capabilities(7).
@@ -101,14 +101,15 @@ impl CapabilitySets {
     }
 }
 
-/// The persona of personality(2).
-pub(crate) fn personality(personality: &Personality) -> Result<libc::c_ulong, Error> {
+/// The argument of personality(2), if it is to be called.
+pub(crate) fn personality(linux: &Linux) -> Result<Option<libc::c_ulong>, Error> {
+    let Some(personality) = &linux.personality else { return Ok(None) };
     if let Some(flag) = personality.flags.first() {
         return Err(Error::unsupported("linux.personality.flags", format!("unknown flag {flag:?}")));
     }
     match personality.domain.as_str() {
-        "LINUX" => Ok(0),
-        "LINUX32" => Ok(8),
+        "LINUX" => Ok(Some(0)),
+        "LINUX32" => Ok(Some(8)),
         other => Err(Error::invalid("linux.personality.domain", format!("there is no {other:?}"))),
     }
 }
@@ -126,7 +127,7 @@ pub(super) struct Identity<'a> {
 impl<'a> Identity<'a> {
     pub(super) fn new(
         process: &'a Process,
-        personality: Option<&Personality>,
+        personality: Option<libc::c_ulong>,
         filter: Option<&'a Filter>,
     ) -> Result<Identity<'a>, Error> {
         let strings = |field: &str, list: &[String]| {
@@ -141,7 +142,7 @@ impl<'a> Identity<'a> {
         Ok(Identity {
             process,
             capabilities: CapabilitySets::parse(process.capabilities.as_ref())?,
-            personality: personality.map(self::personality).transpose()?,
+            personality,
             filter,
             args: strings("args", &process.args)?,
             env,

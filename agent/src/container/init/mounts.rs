@@ -12,8 +12,8 @@ use std::path::Path;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
+use super::Blueprint;
 use super::root::{Root, c_path};
-use super::wire::ContainerSetup;
 use crate::container::sys::{FsContext, MountAttr};
 use crate::container::{Error, process, sys};
 use crate::oci::{IdMapping, Mount, NamespaceKind};
@@ -168,7 +168,7 @@ pub(crate) fn validate(field: &str, mount: &Mount) -> Result<(), Error> {
 }
 
 /// Opens what has to come from the agent's view.
-pub(super) fn open_source(index: usize, setup: &ContainerSetup) -> Result<Option<OwnedFd>, Error> {
+pub(super) fn open_source(index: usize, setup: &Blueprint) -> Result<Option<OwnedFd>, Error> {
     let Some(mount) = setup.spec.mounts.get(index) else { return Ok(None) };
     let linux = setup.spec.linux();
     let field = format!("mounts[{index}]");

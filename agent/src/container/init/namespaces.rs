@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use libc::c_int;
 
 use super::Agent;
-use super::wire::{Answer, ExecSetup};
+use super::wire::{ExecSetup, Word};
 use crate::container::{Error, sys};
 use crate::oci::{Linux, NamespaceKind};
 
@@ -43,7 +43,7 @@ pub(super) fn enter(agent: &mut Agent, linux: &Linux) -> Result<(), Error> {
     sys::unshare(flags).map_err(Error::apply("linux.namespaces", "make the namespaces"))?;
     let user = linux.creates(NamespaceKind::User);
     if user || linux.creates(NamespaceKind::Time) {
-        agent.answer(Answer::Unshared, None)?;
+        agent.answer(Word::Unshared(()), None)?;
         agent.proceed()?;
     }
     if linux.namespace(NamespaceKind::User).is_some() {

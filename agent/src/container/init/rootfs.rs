@@ -8,8 +8,8 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, fstat};
 
+use super::Blueprint;
 use super::root::{Root, c_path};
-use super::wire::ContainerSetup;
 use super::{devices, mounts};
 use crate::container::sys::{FsContext, MountAttr};
 use crate::container::{Error, sys};
@@ -25,7 +25,7 @@ pub(super) struct Parts {
 
 impl Parts {
     /// Opens them, and goes to the root file system's directory.
-    pub(super) fn open(setup: &ContainerSetup) -> Result<Parts, Error> {
+    pub(super) fn open(setup: &Blueprint) -> Result<Parts, Error> {
         let failed = || Error::apply("root.path", "open the root file system");
         let path = setup.spec.root.as_ref().map(|root| root.path.as_path()).unwrap_or(Path::new(""));
         let recursive = sys::OPEN_TREE_CLONE | sys::AT_RECURSIVE;
@@ -42,7 +42,7 @@ impl Parts {
 }
 
 /// Puts the root and all mounts in place.
-pub(super) fn build(setup: &ContainerSetup, parts: &Parts) -> Result<Root, Error> {
+pub(super) fn build(setup: &Blueprint, parts: &Parts) -> Result<Root, Error> {
     let failed = || Error::apply("root.path", "put the root file system in place");
     let old = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let slash = nix::fcntl::open("/", old, Mode::empty()).map_err(|errno| failed()(errno.into()))?;
@@ -78,7 +78,7 @@ pub(super) fn build(setup: &ContainerSetup, parts: &Parts) -> Result<Root, Error
 }
 
 /// An image's working directory need not exist in it.
-fn make_working_directory(setup: &ContainerSetup, root: &Root) -> Result<(), Error> {
+fn make_working_directory(setup: &Blueprint, root: &Root) -> Result<(), Error> {
     let Some(process) = &setup.spec.process else { return Ok(()) };
     match root.directory(&process.cwd) {
         Ok(_) => Ok(()),
@@ -143,7 +143,7 @@ fn mask(path: &Path, root: &Root, null: &mut Null<'_>) -> io::Result<()> {
 }
 
 /// Makes the built root this process's own and leaves the agent's behind.
-pub(super) fn enter(root: Root, setup: &ContainerSetup, procfs: BorrowedFd<'_>) -> Result<(), Error> {
+pub(super) fn enter(root: Root, setup: &Blueprint, procfs: BorrowedFd<'_>) -> Result<(), Error> {
     let failed = || Error::apply("root.path", "change into the root file system");
     nix::unistd::fchdir(root.as_fd()).map_err(|errno| failed()(errno.into()))?;
     match nix::unistd::pivot_root(".", ".") {

@@ -8,9 +8,10 @@ use super::*;
 fn run(filter: &Filter, arch: u32, number: u32, args: [u64; 6]) -> u32 {
     let mut data = vec![number, arch, 0, 0];
     data.extend(args.iter().flat_map(|&arg| <[u32; 2]>::from(halves(arg))));
+    let program = filter.instructions();
     let (mut accumulator, mut at) = (0_u32, 0_usize);
     loop {
-        let (code, yes, no, k) = filter.program[at];
+        let libc::sock_filter { code, jt: yes, jf: no, k } = program[at];
         let jump = match code {
             LOAD => {
                 accumulator = data[usize::try_from(k).unwrap() / 4];
@@ -32,11 +33,11 @@ fn run(filter: &Filter, arch: u32, number: u32, args: [u64; 6]) -> u32 {
 }
 
 fn filter(json: serde_json::Value) -> Filter {
-    compile(&serde_json::from_value(json).unwrap()).unwrap()
+    compile(&Seccomp::from_json(&json).unwrap()).unwrap()
 }
 
 fn refusal(json: serde_json::Value) -> String {
-    compile(&serde_json::from_value(json).unwrap()).unwrap_err().to_string()
+    compile(&Seccomp::from_json(&json).unwrap()).unwrap_err().to_string()
 }
 
 const NONE: [u64; 6] = [0; 6];
