@@ -9,7 +9,9 @@ use caisson_e2e::{
 #[tokio::test]
 async fn a_pod_needs_no_pause_container() -> Result<()> {
     let (node, mut cri, before) = cri::ready().await?;
-    let pod = cri.run_pod(cri::pod_config("shim-sandbox"), SANDBOX_HANDLER).await;
+    let mut config = cri::pod_config("shim-sandbox");
+    config.dns_config = Some(cri::DnsConfig { servers: vec!["10.9.8.7".into()], ..Default::default() });
+    let pod = cri.run_pod(config, SANDBOX_HANDLER).await;
     if containerd::version()? < (2, 0) {
         // It does not know the API, and says so.
         ensure!(pod.is_err(), "containerd 1.7 made a pod of a handler that it can't have");
@@ -23,7 +25,12 @@ async fn a_pod_needs_no_pause_container() -> Result<()> {
 
     let sleeper = cri::container_config("one", BUSYBOX_IMAGE, &["sleep", "1000"]);
     let one = cri.run_container(&pod, sleeper).await.with_context(|| node.containerd_log())?;
-    ensure!(cri.said(&one, "hostname").await? == "shim-sandbox\n");
+    let said = cri
+        .said(&one, "hostname; cat /etc/hostname; grep -c localhost /etc/hosts; cat /etc/resolv.conf")
+        .await?;
+    let (names, resolver) = said.split_at_checked("shim-sandbox\n".len() * 2).context(said.clone())?;
+    ensure!(names == "shim-sandbox\n".repeat(2), "{said}");
+    ensure!(!resolver.starts_with("0\n") && resolver.ends_with("\nnameserver 10.9.8.7\n"), "{said}");
     cri.remove_pod(&pod).await.with_context(|| node.containerd_log())?;
     before.assert_nothing_added()
 }

@@ -311,8 +311,13 @@ fn set_namespaces(linux: &mut Map<String, Value>, place: &Place<'_>) -> Result<(
 fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind>, SpecError> {
     let malformed = |what: &str| SpecError::Malformed(format!("mounts: {what}"));
     let mut binds = Vec::new();
+    let read_only = object.get("root").and_then(|root| root.get("readonly")) == Some(&Value::Bool(true));
     let Some(list) = object.get_mut("mounts").filter(|list| !list.is_null()) else { return Ok(binds) };
-    for (index, mount) in list.as_array_mut().ok_or_else(|| malformed("the list"))?.iter_mut().enumerate() {
+    let list = list.as_array_mut().ok_or_else(|| malformed("the list"))?;
+    if let Some(files) = place.files {
+        add_host_name(list, files, read_only);
+    }
+    for (index, mount) in list.iter_mut().enumerate() {
         let mount = mount.as_object_mut().ok_or_else(|| malformed("an entry"))?;
         let text = |key: &str| mount.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let (kind, source, destination) = (text("type"), text("source"), text("destination"));
@@ -340,6 +345,18 @@ fn pods_file(destination: &str, source: PathBuf, files: Option<&Path>) -> PathBu
     match (files, ours) {
         (Some(files), Some((_, name))) if !source.exists() => files.join(name),
         _ => source,
+    }
+}
+
+/// Adds the file with the pod's host name, unless something is mounted in its place. With the sandbox API CRI has it
+/// mounted only where it finds it made already.
+fn add_host_name(mounts: &mut Vec<Value>, files: &Path, read_only: bool) {
+    let (destination, name) = FILES[0];
+    let taken = |mount: &Value| mount.get("destination").and_then(Value::as_str) == Some(destination);
+    if !mounts.iter().any(taken) {
+        let access = if read_only { "ro" } else { "rw" };
+        mounts.push(json!({"destination": destination, "type": "bind", "source": files.join(name),
+                           "options": ["rbind", "rprivate", access]}));
     }
 }
 
@@ -444,6 +461,26 @@ mod tests {
         assert_eq!(source("/etc/hosts", "/proc/self/stat"), Path::new("/proc/self/stat"));
         assert_eq!(source("/etc/other", "/nonexistent/other"), Path::new("/nonexistent/other"));
         assert_eq!(pods_file("/etc/hosts", "/nonexistent".into(), None), Path::new("/nonexistent"));
+    }
+
+    #[test]
+    fn the_pods_host_name_is_a_file_unless_something_else_is() {
+        let names = names();
+        let files = Some(Path::new("/run/pod"));
+        let place =
+            Place { member: true, root: "/g/root", binds: "/g/c", shm: "/g/shm", files, names: &names };
+        let with = |mounts: Value| {
+            let spec = json!({"root": {"readonly": true}, "linux": {"namespaces": all_namespaces()},
+                              "mounts": mounts});
+            container(spec, &place).unwrap()
+        };
+        let made = with(json!([{"destination": "/proc", "type": "proc", "source": "proc"}]));
+        assert_eq!(made.spec["mounts"][1]["destination"], "/etc/hostname");
+        assert_eq!(made.spec["mounts"][1]["source"], "/g/c/1");
+        assert_eq!(made.binds[0].volume.source, Path::new("/run/pod/hostname"));
+        assert_eq!(made.binds[0].volume.options, ["rbind", "rprivate", "ro"]);
+        let made = with(json!([{"destination": "/etc/hostname", "type": "tmpfs", "source": "tmpfs"}]));
+        assert_eq!((made.spec["mounts"].as_array().unwrap().len(), made.binds.len()), (1, 0));
     }
 
     #[test]
