@@ -12,6 +12,7 @@ mod console;
 mod resize;
 mod vmm;
 
+use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -42,6 +43,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 const SHUTDOWN: Duration = Duration::from_secs(10);
 /// How long a killed VMM may take to go.
 const GONE: Duration = Duration::from_secs(10);
+/// How long a machine whose agent is not to be reached any more may take to end.
+pub const AGENT_GONE: Duration = Duration::from_secs(5);
 /// The tag of the pod's share.
 pub const SHARE_TAG: &str = "share";
 
@@ -94,6 +97,14 @@ pub enum MachineError {
     /// The VMM ended before the agent answered.
     #[error("the VMM ended ({status}) while the guest booted; it said: {said}")]
     Ended {
+        /// How.
+        status: String,
+        /// The last lines of its log and the guest's console.
+        said: String,
+    },
+    /// The machine ended before the agent's answer.
+    #[error("it has ended ({status}); it said: {said}")]
+    Gone {
         /// How.
         status: String,
         /// The last lines of its log and the guest's console.
@@ -204,6 +215,27 @@ impl Machine {
     /// A client of the agent.
     pub fn agent(&self) -> &Client<UnixVsock> {
         &self.agent
+    }
+
+    /// What the agent answers to a call.
+    ///
+    /// # Errors
+    /// The agent's own, and the machine's end when that is why it does not answer.
+    pub async fn answer<T>(
+        &self,
+        call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    ) -> Result<T, MachineError> {
+        let status = match call.await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => status,
+        };
+        // The agent's own have no cause on this side.
+        let broken = std::error::Error::source(&status).is_some();
+        if broken && timeout(AGENT_GONE, self.ended()).await.is_ok() {
+            let status = self.ended.borrow().map_or_else(String::new, |status| status.to_string());
+            return Err(MachineError::Gone { status, said: self.console.tail().await });
+        }
+        Err(MachineError::Agent(Box::new(status)))
     }
 
     /// Has the VMM do something, on a thread that may wait for it.

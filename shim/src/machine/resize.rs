@@ -39,7 +39,7 @@ impl Machine {
             self.control(move |vmm| vmm.resize(cpus)).await?;
         }
         let online = v1::OnlineCpusRequest { count: target.vcpus.into() };
-        self.agent().machine().online_cpus(call(online)).await.map_err(Box::new)?;
+        self.answer(self.agent().machine().online_cpus(call(online))).await?;
         let memory = Resize {
             plugged_mib: Some(target.plugged_mib),
             balloon_mib: Some(u32::try_from(target.balloon_mib).unwrap_or(u32::MAX)),

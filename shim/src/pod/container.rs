@@ -1,6 +1,7 @@
 //! A container of a pod, and what containerd can ask of it.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +21,7 @@ use super::volumes::StandIn;
 use crate::bundle::Spec;
 use crate::id::Id;
 use crate::log::one_line;
+use crate::machine::{AGENT_GONE, MachineError};
 use crate::phases::Phases;
 use crate::share::{Disk, Mount};
 use crate::sizing::{Change, Demand, Limits};
@@ -27,8 +29,6 @@ use crate::streams::{Stdio, Streams};
 
 /// How long the agent may take to make or remove a container.
 const LONG: Duration = Duration::from_secs(120);
-/// How long a machine whose agent does not answer any more may take to end before it is killed.
-const AGENT_GONE: Duration = Duration::from_secs(5);
 
 /// What a container is made from.
 #[derive(Clone, Debug, Default)]
@@ -167,9 +167,10 @@ impl Container {
             storages: root_disk.into_iter().collect(),
             streams: Some(new.stdio.selection()),
         };
-        let made = self.sandbox.containers().create_container(with_deadline(request, LONG)).await?;
+        let mut containers = self.sandbox.containers();
+        let made = self.answer(containers.create_container(with_deadline(request, LONG))).await?;
         phases.done("guest");
-        self.attach(&self.init, made.into_inner().streams).await?;
+        self.attach(&self.init, made.streams).await?;
         phases.done("streams");
         tracing::info!(container = self.id, %phases, "created");
         Ok(())
@@ -300,7 +301,7 @@ impl Container {
         if process.exec.is_empty() {
             let mut phases = Phases::begin();
             let request = v1::StartContainerRequest { container_id: self.id.clone() };
-            self.sandbox.containers().start_container(with_deadline(request, LONG)).await?;
+            self.answer(self.sandbox.containers().start_container(with_deadline(request, LONG))).await?;
             phases.done("guest");
             tracing::info!(container = self.id, %phases, "started");
             return Ok(());
@@ -312,8 +313,8 @@ impl Container {
             process: spec.map(|spec| spec.to_vec()).unwrap_or_default(),
             streams: Some(process.stdio.selection()),
         };
-        let made = self.sandbox.containers().exec(with_deadline(request, LONG)).await?;
-        let attached = self.attach(process, made.into_inner().streams).await;
+        let made = self.answer(self.sandbox.containers().exec(with_deadline(request, LONG))).await?;
+        let attached = self.attach(process, made.streams).await;
         if attached.is_err() {
             self.kill_exec(&process.exec).await;
         }
@@ -369,7 +370,7 @@ impl Container {
         }
         let request =
             v1::SignalRequest { container_id: self.id.clone(), exec_id: exec.to_owned(), signal, all };
-        self.sandbox.containers().signal(call(request)).await?;
+        self.answer(self.sandbox.containers().signal(call(request))).await?;
         Ok(())
     }
 
@@ -382,9 +383,10 @@ impl Container {
         let container_id = self.id.clone();
         let mut containers = self.sandbox.containers();
         if paused {
-            containers.pause_container(call(v1::PauseContainerRequest { container_id })).await?;
+            self.answer(containers.pause_container(call(v1::PauseContainerRequest { container_id }))).await?;
         } else {
-            containers.resume_container(call(v1::ResumeContainerRequest { container_id })).await?;
+            self.answer(containers.resume_container(call(v1::ResumeContainerRequest { container_id })))
+                .await?;
         }
         self.paused.store(paused, Ordering::Relaxed);
         Ok(())
@@ -403,7 +405,7 @@ impl Container {
             height,
         };
         self.runs_something()?;
-        self.sandbox.containers().resize_terminal(call(request)).await?;
+        self.answer(self.sandbox.containers().resize_terminal(call(request))).await?;
         Ok(())
     }
 
@@ -443,7 +445,7 @@ impl Container {
             resources: resources.to_string().into_bytes(),
         };
         let inside = async {
-            self.sandbox.containers().update_container(call(request)).await?;
+            self.answer(self.sandbox.containers().update_container(call(request))).await?;
             Ok(())
         };
         size.change(machine, |demand| demand.change(&self.id, change), inside).await
@@ -458,7 +460,14 @@ impl Container {
             return self.sandbox.stats();
         }
         let request = v1::StatsRequest { container_id: self.id.clone() };
-        Ok(self.sandbox.containers().stats(call(request)).await?.into_inner())
+        self.answer(self.sandbox.containers().stats(call(request))).await
+    }
+
+    async fn answer<T>(
+        &self,
+        call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    ) -> Result<T, PodError> {
+        Ok(self.sandbox.machine().answer(call).await?)
     }
 
     /// Takes it out of the guest, and its files out of the share. None of it need be there.
@@ -474,10 +483,11 @@ impl Container {
         self.sandbox.size().await.release(&self.id);
         if !self.sandbox.machine().has_ended() {
             let request = v1::RemoveContainerRequest { container_id: self.id.clone(), force: true };
-            match self.sandbox.containers().remove_container(with_deadline(request, LONG)).await {
-                Err(status) if status.code() == Code::NotFound => {}
+            let mut containers = self.sandbox.containers();
+            match self.answer(containers.remove_container(with_deadline(request, LONG))).await {
+                Err(error) if error.code() == Code::NotFound => {}
                 // With the machine gone, so is the container.
-                Err(_) if self.sandbox.machine().has_ended() => {}
+                Err(PodError::Machine(MachineError::Gone { .. })) => {}
                 result => {
                     result?;
                 }

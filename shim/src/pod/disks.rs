@@ -56,10 +56,13 @@ pub async fn plug(machine: &Machine, file: &OwnedFd, device: DeviceConfig) -> Re
     let file = file.try_clone().map_err(failed)?;
     let (slot, _) = machine.control(move |vmm| vmm.plug(None, device, &[file.as_fd()])).await?;
     let request = v1::PlugDeviceRequest { slot: slot.into() };
-    if let Err(status) = machine.agent().machine().plug_device(call(request)).await {
+    if let Err(error) = machine.answer(machine.agent().machine().plug_device(call(request))).await {
         // The guest has not taken it, so it does not have to let go.
-        machine.control(move |vmm| vmm.unplug(slot, true)).await?;
-        return Err(status.into());
+        let undone = machine.control(move |vmm| vmm.unplug(slot, true)).await;
+        if !machine.has_ended() {
+            undone?;
+        }
+        return Err(error.into());
     }
     Ok(slot)
 }
@@ -70,11 +73,11 @@ pub async fn plug(machine: &Machine, file: &OwnedFd, device: DeviceConfig) -> Re
 /// The agent's and the VMM's own. With the machine ended it is gone, and that is success.
 pub async fn unplug(machine: &Machine, slot: u8) -> Result<(), PodError> {
     let request = v1::UnplugDeviceRequest { slot: slot.into() };
-    let result = match machine.agent().machine().unplug_device(call(request)).await {
-        Ok(_) => machine.control(move |vmm| vmm.unplug(slot, false)).await.map_err(PodError::from),
-        Err(status) => Err(status.into()),
+    let result = match machine.answer(machine.agent().machine().unplug_device(call(request))).await {
+        Ok(_) => machine.control(move |vmm| vmm.unplug(slot, false)).await,
+        Err(error) => Err(error),
     };
-    if machine.has_ended() { Ok(()) } else { result }
+    if machine.has_ended() { Ok(()) } else { Ok(result?) }
 }
 
 impl RawDisks {
@@ -94,16 +97,15 @@ impl RawDisks {
         let slot = plug(machine, &disk.file, disk.device()).await?;
         let storage = disk.storage(&storage_id(slot), slot.into());
         let request = v1::MountStorageRequest { storage: Some(storage) };
-        match machine.agent().storages().mount_storage(call(request)).await {
+        match machine.answer(machine.agent().storages().mount_storage(call(request))).await {
             Ok(reply) => {
-                let reply = reply.into_inner();
                 let guest = Number { major: reply.major, minor: reply.minor };
                 plugged.push(Plugged { wanted, guest, slot, users: 1 });
                 Ok(guest)
             }
-            Err(status) => {
+            Err(error) => {
                 unplug(machine, slot).await?;
-                Err(status.into())
+                Err(error.into())
             }
         }
     }
@@ -122,7 +124,7 @@ impl RawDisks {
         }
         let slot = there.slot;
         let request = v1::UnmountStorageRequest { id: storage_id(slot) };
-        machine.agent().storages().unmount_storage(call(request)).await?;
+        machine.answer(machine.agent().storages().unmount_storage(call(request))).await?;
         unplug(machine, slot).await?;
         plugged.remove(index);
         Ok(())

@@ -55,7 +55,7 @@ pub enum PodError {
     Journal(#[from] JournalError),
     /// The machine.
     #[error("the machine")]
-    Machine(#[from] MachineError),
+    Machine(#[source] MachineError),
     /// The pod's control group.
     #[error("the pod's control group")]
     Cgroup(#[from] CgroupError),
@@ -95,6 +95,15 @@ impl From<tonic::Status> for PodError {
     }
 }
 
+impl From<MachineError> for PodError {
+    fn from(error: MachineError) -> PodError {
+        match error {
+            MachineError::Agent(status) => PodError::Agent(status),
+            error => PodError::Machine(error),
+        }
+    }
+}
+
 impl PodError {
     /// The status code that says what kind of failure it is.
     pub fn code(&self) -> Code {
@@ -114,7 +123,7 @@ impl PodError {
             PodError::Machine(MachineError::Silent { .. } | MachineError::Stuck { .. }) => {
                 Code::DeadlineExceeded
             }
-            PodError::Machine(MachineError::Agent(status)) => status.code(),
+            PodError::Machine(MachineError::Gone { .. }) => Code::Unavailable,
             PodError::Streams(ConnectError::Scheme(_)) => Code::InvalidArgument,
             PodError::Agent(status) => status.code(),
             PodError::Network(

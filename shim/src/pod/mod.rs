@@ -45,6 +45,7 @@ use crate::config::ConfigFiles;
 use crate::events::{Event, Events};
 use crate::id::Id;
 use crate::log::one_line;
+use crate::machine::MachineError;
 use crate::share::Mount;
 
 /// What a pod is known by and made with.
@@ -224,10 +225,15 @@ impl Pod {
     pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), PodError> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
+        let finished = || PodError::NotFound(format!("{id} {exec}: process already finished"));
         if process.exit().is_some() {
-            return Err(PodError::NotFound(format!("{id} {exec}: process already finished")));
+            return Err(finished());
         }
-        container.signal(exec, signal, all).await
+        match container.signal(exec, signal, all).await {
+            // That was the end of it, too.
+            Err(PodError::Machine(MachineError::Gone { .. })) => Err(finished()),
+            result => result,
+        }
     }
 
     /// Stops a container's processes from running, or lets them go on.

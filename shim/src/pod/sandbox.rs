@@ -95,16 +95,17 @@ impl Sandbox {
             let machine = Machine::boot(plan, &mut journal, &mut phases).await?;
             let mut request = request(settings, wanted, size.shape().boot.vcpus);
             request.network = description.as_ref().map(Into::into);
-            match machine.agent().sandbox().create_sandbox(with_deadline(request, CREATE)).await {
+            let mut agent = machine.agent().sandbox();
+            match machine.answer(agent.create_sandbox(with_deadline(request, CREATE))).await {
                 Ok(names) => {
                     phases.done("sandbox");
                     tracing::info!(%phases, pid = machine.pid(), "the pod is up");
-                    Ok((machine, names.into_inner()))
+                    Ok((machine, names))
                 }
-                Err(status) => {
+                Err(error) => {
                     machine.kill();
                     machine.ended().await;
-                    Err(PodError::from(status))
+                    Err(PodError::from(error))
                 }
             }
         };

@@ -81,7 +81,7 @@ async fn mount(machine: &Machine, id: &str, tmpfs: v1::Tmpfs) -> Result<String, 
         ..v1::Storage::default()
     };
     let request = v1::MountStorageRequest { storage: Some(storage) };
-    Ok(machine.agent().storages().mount_storage(call(request)).await?.into_inner().path)
+    Ok(machine.answer(machine.agent().storages().mount_storage(call(request))).await?.path)
 }
 
 impl State {
@@ -105,7 +105,7 @@ impl State {
         let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, mode: 0o755, ..v1::Tmpfs::default() };
         let directory = mount(machine, id, tmpfs).await?;
         let request = v1::SyncTreeRequest { storage_id: id.to_owned(), entries };
-        machine.agent().storages().sync_tree(call(request)).await?;
+        machine.answer(machine.agent().storages().sync_tree(call(request))).await?;
         Ok(Some(directory))
     }
 }
