@@ -9,13 +9,14 @@
 //! - [`network`]: the pod's interfaces, addresses, routes, neighbours; [`namespace`]: work in another namespace.
 //! - [`pod`]: the namespaces that containers share; [`storage`]: file systems that the host names;
 //!   [`transfer`]: files in and out, connections into the pod.
-//! - [`task`]: tasks, and work that blocks.
+//! - [`task`]: tasks, and work that blocks; [`drill`]: deaths on purpose.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock; [`oci`]: the runtime specification's types.
 
 pub mod clock;
 pub mod connection;
 pub mod container;
+pub mod drill;
 pub mod guest;
 pub mod init;
 pub mod log;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use caisson_agent::options::{Command, Drill, Listen, OptionError, Options, USAGE};
 use caisson_agent::reaper::Reaper;
 use caisson_agent::state::{Shutdown, State};
-use caisson_agent::{connection, init, log, pod, service, task};
+use caisson_agent::{connection, drill, init, log, pod, service, task};
 use caisson_protocol::v1::{ShuttingDown, event};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -133,8 +133,10 @@ fn serve(
         let mut interrupt = signal(SignalKind::interrupt())?;
         let by_signal = Shutdown { reboot: false, grace_ms: SIGNAL_GRACE_MS };
         let mut server = tokio::spawn(service::serve(state.clone(), incoming));
-        if let Some(drill) = options.drill {
-            task::spawn(break_on_purpose(drill));
+        match options.drill {
+            Some(Drill::Panic) => drop(task::spawn(panic_on_purpose())),
+            Some(Drill::Die(call)) => drill::die_of_call(call),
+            None => {}
         }
         let mut serving = true;
         let how = tokio::select! {
@@ -172,10 +174,8 @@ fn report_panics(state: &Arc<State>) {
 }
 
 #[allow(clippy::panic)] // That is the drill.
-async fn break_on_purpose(drill: Drill) {
-    match drill {
-        Drill::Panic => panic!("a drill"),
-    }
+async fn panic_on_purpose() {
+    panic!("a drill")
 }
 
 fn follow_kernel_log(state: &Arc<State>) {

@@ -1,6 +1,7 @@
 //! Options: of the command line on a plain machine, of the kernel's (`caisson.NAME=VALUE`) as PID 1.
 
 use std::ffi::OsString;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use caisson_protocol::DEFAULT_ROOT;
@@ -21,6 +22,7 @@ caisson.drill=.
   --log LEVEL         error, warn, info (default), debug or trace
   --drill panic       once serving, a task of the agent panics: to try what
                       watches over its health
+  --drill die:N       the agent dies of its Nth call, unanswered
   --version           print the version
 ";
 
@@ -51,6 +53,8 @@ pub struct Options {
 pub enum Drill {
     /// A task panics.
     Panic,
+    /// The agent dies of the call with this number, the first of which is 1. PID 1's death is a kernel panic.
+    Die(NonZeroU32),
 }
 
 /// What the command line asks for.
@@ -140,7 +144,10 @@ impl Options {
             "root" => return Err(invalid()),
             "log" => self.log = value.parse().map_err(|_| invalid())?,
             "drill" if value == "panic" => self.drill = Some(Drill::Panic),
-            "drill" => return Err(invalid()),
+            "drill" => {
+                let call = value.strip_prefix("die:").and_then(|call| call.parse().ok());
+                self.drill = Some(Drill::Die(call.ok_or_else(invalid)?));
+            }
             _ => return Err(OptionError::Unknown(name.to_owned())),
         }
         Ok(())
@@ -168,6 +175,8 @@ mod tests {
         };
         assert_eq!(parse(&arguments).unwrap(), Command::Run(wanted));
         assert_eq!(parse(&["-h", "x"]).unwrap(), Command::Help);
+        let die = Options { drill: Some(Drill::Die(NonZeroU32::MIN)), ..Options::default() };
+        assert_eq!(parse(&["--drill", "die:1"]).unwrap(), Command::Run(die));
         for bad in [
             &["--listen", "tcp:1"][..],
             &["--root", "relative"],
@@ -175,6 +184,7 @@ mod tests {
             &["x"],
             &["--log", "loud"],
             &["--drill", "fire"],
+            &["--drill", "die:0"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

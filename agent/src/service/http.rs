@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 
 use super::Router;
 use crate::connection::Connection;
-use crate::task;
+use crate::{drill, task};
 
 /// The header of a call's deadline.
 const TIMEOUT: &str = "grpc-timeout";
@@ -53,6 +53,7 @@ pub(super) async fn serve(
 
 async fn serve_connection(router: Router, connection: Connection, mut closed: watch::Receiver<bool>) {
     let answer = service_fn(move |request: http::Request<Incoming>| {
+        drill::call();
         let deadline = request.headers().get(TIMEOUT).and_then(|value| timeout(value.to_str().ok()?));
         let router = router.clone();
         async move {

@@ -49,6 +49,8 @@ pub struct Machine {
     pub kernel: PathBuf,
     /// The guest's initial RAM disk, with the agent in it.
     pub initramfs: PathBuf,
+    /// What comes after our own parameters on the kernel's command line.
+    pub kernel_parameters: String,
 }
 
 /// What pods may change.

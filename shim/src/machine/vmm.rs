@@ -85,8 +85,9 @@ pub(super) fn start(
 }
 
 /// The kernel's. Huge pages that a container maps are taken from free memory when it does: none are kept for it before.
-fn command_line(memory_mib: u64) -> String {
-    format!("{COMMAND_LINE} sysctl.vm.nr_overcommit_hugepages={}", memory_mib / HUGE_PAGE_MIB)
+fn command_line(memory_mib: u64, more: &str) -> String {
+    let huge_pages = memory_mib / HUGE_PAGE_MIB;
+    format!("{COMMAND_LINE} sysctl.vm.nr_overcommit_hugepages={huge_pages} {more}").trim_end().to_owned()
 }
 
 fn jail_file(plan: &Plan<'_>) -> Result<String, MachineError> {
@@ -152,7 +153,10 @@ pub(super) fn machine(
         kernel: KernelConfig {
             image: FileSource::Descriptor(1),
             initramfs: Some(FileSource::Descriptor(2)),
-            command_line: command_line(shape.boot.memory_mib.saturating_add(shape.hotplug_mib)),
+            command_line: command_line(
+                shape.boot.memory_mib.saturating_add(shape.hotplug_mib),
+                &plan.programs.kernel_parameters,
+            ),
             protocol: Default::default(),
         },
         memory: MemoryConfig {
