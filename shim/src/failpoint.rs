@@ -1,30 +1,69 @@
 //! Dying on purpose, for tests of what is left then.
 //!
-//! The variable `CAISSON_FAILPOINT` of the environment, which only tests set, names a file with a number. A shim that
-//! finds it kills itself right after it has written so many lines into its pod's record: at the worst moment, as the
-//! thing is written down and not made, or made and not used. Without the variable this costs one look at memory.
+//! The variable `CAISSON_FAILPOINT` of the environment, which only tests set, names a file with a number, and perhaps that
+//! of a process. A shim that finds it kills itself, or that process, right after it has written so many lines into its
+//! pod's record: at the worst moment, as the thing is written down and not made, or made and not used. Without the
+//! variable this costs one look at memory.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rustix::process::{Signal, getpid, kill_process};
+use rustix::process::{Pid, Signal, getpid, kill_process};
 
 /// The variable.
 const VARIABLE: &str = "CAISSON_FAILPOINT";
 
+/// Who dies, and after how many lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Failpoint {
+    lines: usize,
+    victim: Option<Pid>,
+}
+
 /// A line was written into the record.
 pub(crate) fn recorded() {
-    static WANTED: OnceLock<Option<usize>> = OnceLock::new();
+    static FAILPOINT: OnceLock<Option<Failpoint>> = OnceLock::new();
     static WRITTEN: AtomicUsize = AtomicUsize::new(0);
-    let Some(wanted) = *WANTED.get_or_init(wanted) else { return };
-    if WRITTEN.fetch_add(1, Ordering::Relaxed).saturating_add(1) == wanted {
-        tracing::error!(wanted, "dying on purpose");
-        // Nothing else ends a process without any of its own code running.
-        let _ = kill_process(getpid(), Signal::KILL);
+    let Some(failpoint) = *FAILPOINT.get_or_init(Failpoint::of_environment) else { return };
+    if WRITTEN.fetch_add(1, Ordering::Relaxed).saturating_add(1) == failpoint.lines {
+        let victim = failpoint.victim.unwrap_or_else(getpid);
+        tracing::error!(?failpoint, "killing on purpose");
+        // Nothing else ends a process without any of its own code running. It may have ended already.
+        let _ = kill_process(victim, Signal::KILL);
     }
 }
 
-fn wanted() -> Option<usize> {
-    let file = std::env::var_os(VARIABLE)?;
-    std::fs::read_to_string(file).ok()?.trim().parse().ok()
+impl Failpoint {
+    fn of_environment() -> Option<Failpoint> {
+        let file = std::env::var_os(VARIABLE)?;
+        Failpoint::parse(&std::fs::read_to_string(file).ok()?)
+    }
+
+    fn parse(text: &str) -> Option<Failpoint> {
+        let mut words = text.split_whitespace();
+        let lines = words.next()?.parse().ok()?;
+        let victim = match words.next() {
+            // Only a positive one is one process.
+            Some(pid) => Some(Pid::from_raw(pid.parse::<u32>().ok()?.try_into().ok()?)?),
+            None => None,
+        };
+        Some(Failpoint { lines, victim })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_number_and_perhaps_a_process_are_a_failpoint() {
+        let parsed = |text| Failpoint::parse(text).map(|it| (it.lines, it.victim.map(Pid::as_raw_nonzero)));
+        assert_eq!(parsed("7\n"), Some((7, None)));
+        let victim = Pid::from_raw(12).map(Pid::as_raw_nonzero);
+        assert_eq!(parsed("7 12"), Some((7, victim)));
+        // Never taken for the shim itself, or for all processes.
+        for bad in ["", "x", "7 x", "7 0", "7 -1"] {
+            assert_eq!(parsed(bad), None, "{bad:?}");
+        }
+    }
 }

@@ -57,6 +57,9 @@ pub enum Action {
     Start,
     /// Remove what a container left, whether its shim lives or not.
     Delete,
+    /// What `delete` does, in a process of its own.
+    #[value(hide = true)]
+    Undo,
 }
 
 impl Invocation {

@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         _ if invocation.info => info::description(),
         Some(Action::Start) => start::run(&invocation),
         Some(Action::Delete) => delete::run(&invocation),
+        Some(Action::Undo) => delete::undo(&invocation),
         None => serve::run(&invocation).map(|()| Vec::new()),
     };
     let printed = answered.and_then(|answer| {

@@ -35,7 +35,7 @@ pub const POD_CGROUP: &str = "/caisson-e2e";
 /// makes of containerd's namespace for a container that `ctr` runs. They are there from the start.
 const CGROUPS: [&str; 2] = [POD_CGROUP, "/default"];
 
-/// In containerd's directory: after how many lines of its record a shim is to kill itself.
+/// In containerd's directory: after how many lines of its record a shim is to kill itself, or the process that is named.
 pub const FAILPOINT: &str = "failpoint";
 
 /// In containerd's directory: an empty file system.
@@ -118,6 +118,22 @@ impl Containerd {
     /// What it and its shims have logged, for a test's message.
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default()
+    }
+
+    /// Has the next shims kill this containerd after so many lines of their pod's record.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn die_after(&self, lines: usize) -> Result<()> {
+        Ok(fs::write(self.dir.join(FAILPOINT), format!("{lines} {}", self.child.id()))?)
+    }
+
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    /// When that can't be known.
+    pub fn has_died(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// Loads an OCI archive for `ctr` and for CRI.

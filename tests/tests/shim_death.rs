@@ -5,7 +5,10 @@ use std::{process::Command, time::Duration};
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::{BUSYBOX_IMAGE, Containerd},
-    cri::{self, Cri},
+    cri::{
+        self, ContainerConfig, ContainerState, Cri, LinuxContainerSecurityContext,
+        LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
+    },
     ctr::Ctr,
     leaks::Holdings,
     node::{Node, Product},
@@ -47,6 +50,35 @@ fn a_shim_that_dies_at_any_step_leaves_nothing() -> Result<()> {
             return Ok(());
         }
         ensure!(said.code != 0, "{said:?}");
+    }
+    anyhow::bail!("it never gets through\n{}", node.containerd_log())
+}
+
+/// The agent dies of each call in turn, and its machine with it, until a container gets through: each time containerd
+/// is told, and nothing is left.
+#[test]
+fn an_agent_that_dies_of_any_call_is_seen_and_leaves_nothing() -> Result<()> {
+    let node = Node::ready()?;
+    let ctr = Ctr::new(&node);
+    let before = Holdings::now()?;
+    let handler = tempfile::Builder::new().suffix(".toml").tempfile()?;
+    let config = handler.path().to_string_lossy().into_owned();
+    for call in 1..40 {
+        let parameters = format!("[machine]\nkernel_parameters = \"caisson.drill=die:{call}\"\n");
+        std::fs::write(handler.path(), parameters)?;
+        let id = format!("agent-dies-{call}");
+        let run = ["run", "--rm", "--runtime", RUNTIME, "--runtime-config-path", &config];
+        let said = ctr.try_run(&[&run[..], &[BUSYBOX_IMAGE, &id, "echo", "through"]].concat())?;
+        // ctr does not remove what it could not start.
+        let _ = ctr.try_run(&["task", "delete", "--force", &id])?;
+        let _ = ctr.try_run(&["container", "delete", &id])?;
+        before.assert_nothing_added().with_context(|| format!("after {call} calls; {said:?}"))?;
+        if said.code == 0 {
+            ensure!(call > 5 && said.stdout == "through\n", "{call} calls; {said:?}");
+            return Ok(());
+        }
+        // Unless it had said so already, as the container's end is then.
+        ensure!(said.stderr.contains("ended") || said.stdout == "through\n", "call {call}: {said:?}");
     }
     anyhow::bail!("it never gets through\n{}", node.containerd_log())
 }
@@ -135,5 +167,87 @@ async fn a_containerd_that_dies_finds_everything_again() -> Result<()> {
     ensure!(said == expected, "{log}");
     client.remove_pod(&pod).await?;
     containerd.end()?;
+    before.assert_nothing_added()
+}
+
+/// containerd is killed after some lines of the record of a container that it is making, and started again: it finds the
+/// container or does not, can always remove it, and nothing is left.
+fn containerd_dies_after(lines: impl Iterator<Item = usize>) -> Result<()> {
+    Node::ready()?;
+    let nothing = Holdings::now()?;
+    let directory = tempfile::tempdir()?;
+    let products = Product::Shim.path()?;
+    let mut containerd = Containerd::start(directory.path(), products.parent())?;
+    containerd.import(&Product::Images.path()?.join("busybox.tar"))?;
+    let ctr = Ctr::at(containerd.socket(), "default");
+    let before = Holdings::now()?;
+    for (died, lines) in lines.enumerate() {
+        containerd.die_after(lines)?;
+        let id = format!("containerd-dies-{lines}");
+        let said = ctr.try_run(&["run", "--runtime", RUNTIME, BUSYBOX_IMAGE, &id, "echo", "through"])?;
+        if !containerd.has_died()? {
+            ensure!(died > 2 && said.stdout == "through\n", "after {died} deaths: {said:?}");
+            ctr.run(&["container", "delete", &id])?;
+            containerd.end()?;
+            return nothing.assert_nothing_added();
+        }
+        containerd.restart(products.parent())?;
+        let _ = ctr.try_run(&["task", "delete", "--force", &id])?;
+        ctr.run(&["container", "delete", &id]).with_context(|| containerd.log())?;
+        before.assert_nothing_added().with_context(|| format!("{lines} lines; {}", containerd.log()))?;
+    }
+    anyhow::bail!("it never gets through")
+}
+
+#[test]
+fn a_containerd_that_dies_while_it_makes_a_container_can_remove_it() -> Result<()> {
+    containerd_dies_after((4..60).step_by(3))
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn a_containerd_that_dies_at_any_step_can_remove_what_it_made() -> Result<()> {
+    containerd_dies_after(1..60)
+}
+
+/// A container whose processes its pod's others see, and theirs it.
+fn neighbour(name: &str, command: &[&str]) -> ContainerConfig {
+    let mut config = cri::container_config(name, BUSYBOX_IMAGE, command);
+    let options = NamespaceOption { pid: NamespaceMode::Pod.into(), ..NamespaceOption::default() };
+    config.linux.get_or_insert_default().security_context =
+        Some(LinuxContainerSecurityContext { namespace_options: Some(options), ..Default::default() });
+    config
+}
+
+/// A container's first process is killed by a neighbour, with more of its processes around: that is the end of all of
+/// them and of nobody else, and the container can be made again.
+#[tokio::test]
+async fn the_death_of_a_first_process_is_its_containers_alone() -> Result<()> {
+    let (node, mut cri, before) = cri::ready().await?;
+    let mut config = cri::pod_config("shim-init-dies");
+    let options = NamespaceOption { pid: NamespaceMode::Pod.into(), ..NamespaceOption::default() };
+    config.linux.get_or_insert_default().security_context =
+        Some(LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() });
+    let pod = cri.run_pod(config, HANDLER).await.with_context(|| node.containerd_log())?;
+    let lasting = cri.run_container(&pod, neighbour("neighbour", &["sleep", "1000"])).await?;
+    let count = "ps | grep -c '[s]leep [234]'; true";
+    for attempt in 0..2 {
+        let mut victim = neighbour("victim", &["sh", "-c", "sleep 2222 & exec sleep 3333"]);
+        victim.metadata.get_or_insert_default().attempt = attempt;
+        let victim = cri.run_container(&pod, victim).await?;
+        let mut added = cri.exec_streams(&victim, &["sleep", "4444"], false).await?;
+        let seen = cri.said(&lasting, count).await?;
+        ensure!(seen == "3\n", "there are {seen}");
+        cri.said(&lasting, "kill -9 $(ps | awk '/[s]leep 3333/ { print $1 }')").await?;
+        let ended = cri.wait(&victim).await?;
+        ensure!((ended.exit_code, ended.reason.as_str()) == (137, "Error"), "{ended:?}");
+        let exec = tokio::time::timeout(Duration::from_secs(20), added.exit_code()).await;
+        ensure!(exec.context("the process that was added goes on")?? == 137);
+        let left = cri.said(&lasting, count).await?;
+        ensure!(left == "0\n", "{left} are left");
+        cri.remove_container(&victim).await?;
+    }
+    ensure!(cri.container_status(&lasting).await?.state() == ContainerState::ContainerRunning);
+    cri.remove_pod(&pod).await?;
     before.assert_nothing_added()
 }

@@ -14,6 +14,7 @@ pub mod start;
 
 use std::io;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 
 use crate::bundle::{BundleError, Role, Spec};
 use crate::config::ConfigFiles;
@@ -51,6 +52,14 @@ pub enum ActionError {
     /// The pod of a container has no shim that lives.
     #[error("the shim of pod {0} is gone")]
     PodGone(Id),
+    /// The process that removes what is left did not.
+    #[error("the removal ({status}): {said}")]
+    Removal {
+        /// How it ended.
+        status: ExitStatus,
+        /// What it said.
+        said: String,
+    },
     /// A message that can't be read or written.
     #[error("a message to or from containerd")]
     Message(#[from] containerd_shim_protos::protobuf::Error),
