@@ -85,14 +85,26 @@ impl Clock {
 /// When `/proc` can't be read.
 pub fn pss_kib() -> Result<BTreeMap<&'static str, u64>> {
     let mut found = BTreeMap::new();
-    for entry in fs::read_dir("/proc").context("reading /proc")? {
-        let process = entry.context("reading /proc")?.path();
-        let Some(name) = name_of(&process) else { continue };
+    for (name, pid) in processes()? {
         // One that has ended since holds nothing.
-        let rollup = fs::read_to_string(process.join("smaps_rollup")).unwrap_or_default();
+        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
         let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
         let pss = pss.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0);
         *found.entry(name).or_default() += pss;
+    }
+    Ok(found)
+}
+
+/// All pods' processes, by the names of their files.
+///
+/// # Errors
+/// When `/proc` can't be read.
+pub fn processes() -> Result<Vec<(&'static str, u32)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context("reading /proc")? {
+        let entry = entry.context("reading /proc")?;
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        found.extend(name_of(&entry.path()).zip(pid));
     }
     Ok(found)
 }

@@ -30,6 +30,9 @@ pub(crate) struct PodArgs {
     /// The Debian of the testbed, and so containerd's version.
     #[arg(long, value_enum, default_value_t)]
     variant: Variant,
+    /// Measure no times: show where the memory of an idle pod is.
+    #[arg(long, conflicts_with = "json")]
+    memory: bool,
     /// On this host instead of in the testbed: plain time, and only where KVM is real.
     #[arg(long, conflicts_with = "variant")]
     direct: bool,
@@ -52,12 +55,18 @@ pub(crate) fn run(host: &Host, args: &PodArgs) -> Result<ExitCode> {
     let there = if args.direct { exchange.path() } else { Path::new("/exchange") };
     let pods = place.path(host, &system.products.join("pods"))?;
     let results = format!("--results={}", there.join("pods.json").display());
-    let command = vec![pods, "bench".to_owned(), format!("--runs={}", args.runs), results];
+    let mut command = vec![pods];
+    if args.memory {
+        command.push("memory".to_owned());
+    } else {
+        command.extend(["bench".to_owned(), format!("--runs={}", args.runs), results]);
+    }
     let mut request = system.beside_containerd(host, &place, command)?;
-    request.machine = MachineArgs { icount: true, boot_timeout: 300, ..request.machine };
+    // Counting instructions makes them slower, and memory is the same without.
+    request.machine = MachineArgs { icount: !args.memory, boot_timeout: 300, ..request.machine };
     request.exchange = Some(exchange.path().to_owned());
     let code = exec::exec(host, &request, exec::standard_error())?;
-    if code != ExitCode::SUCCESS {
+    if code != ExitCode::SUCCESS || args.memory {
         return Ok(code);
     }
     let text = fs::read_to_string(exchange.path().join("pods.json")).context("reading the results")?;
@@ -114,7 +123,7 @@ mod tests {
         assert_eq!(figures["caisson_pod_ms"], 2.0);
         assert_eq!(figures["runc_pod_ms"], 4.0);
         assert_eq!(figures["pod_pss_kb"], 9.0);
-        let args = PodArgs { json: None, runs: 3, variant: Variant::Trixie, direct: false };
+        let args = PodArgs { json: None, runs: 3, memory: false, variant: Variant::Trixie, direct: false };
         assert!(table(&values, &args).contains("0.5"), "{}", table(&values, &args));
     }
 }

@@ -9,6 +9,8 @@ use caisson_e2e::{
     node::Node,
 };
 
+use crate::memory::REST;
+
 /// The handlers that are compared.
 const HANDLERS: [&str; 2] = ["caisson", "runc"];
 
@@ -20,7 +22,8 @@ type Values = BTreeMap<String, BTreeMap<&'static str, Vec<f64>>>;
 /// # Errors
 /// When a pod fails.
 pub(crate) async fn run(runs: usize, results: &Path) -> Result<()> {
-    let mut cri = Cri::connect(Node::ready()?.socket()).await?;
+    let node = Node::ready()?;
+    let mut cri = Cri::connect(node.socket()).await?;
     let mut values = Values::new();
     // One pod of each warms up caches, and makes the bridge.
     for round in 0..=runs {
@@ -31,9 +34,9 @@ pub(crate) async fn run(runs: usize, results: &Path) -> Result<()> {
             }
         }
     }
+    note_phases(&mut values, &node.containerd_log());
     let (pod, _, _) = cost::start_pod(&mut cri, "memory", "caisson").await?;
-    // What the start needed and no longer uses goes back in a while.
-    tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+    tokio::time::sleep(REST).await;
     let memory = cost::pss_kib()?;
     cri.remove_pod(&pod).await?;
     for (process, kib) in &memory {
@@ -49,6 +52,19 @@ fn note(values: &mut Values, handler: &'static str, times: &Times) {
         add(values, &format!("{call}_ms"), handler, time.as_secs_f64() * 1e3);
     }
     add(values, "pod_ms", handler, times.until_started().as_secs_f64() * 1e3);
+}
+
+/// The parts of each pod's start, as our shim logs them: `the pod is up phases=260.1 ms (cgroup 1.2, share 5.0, …)`.
+/// The first pod is the one that warms up.
+fn note_phases(values: &mut Values, log: &str) {
+    for line in log.lines().filter(|line| line.contains("the pod is up")).skip(1) {
+        let parts = line.split_once(" ms (").and_then(|(_, rest)| rest.split_once(')'));
+        for part in parts.map_or("", |(parts, _)| parts).split(", ") {
+            if let Some((name, Ok(time))) = part.split_once(' ').map(|(name, time)| (name, time.parse())) {
+                add(values, &format!("phase_{name}_ms"), "caisson", time);
+            }
+        }
+    }
 }
 
 fn add(values: &mut Values, name: &str, handler: &'static str, value: f64) {

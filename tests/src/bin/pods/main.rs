@@ -1,8 +1,9 @@
-//! `pods demo` and `pods bench`: pods through containerd's CRI, for people to look at. They run beside a containerd,
-//! as tests do: `e2e-runner pods demo`.
+//! `pods demo`, `pods bench` and `pods memory`: pods through containerd's CRI, for people to look at. They run beside a
+//! containerd, as tests do: `e2e-runner pods demo`.
 
 mod bench;
 mod demo;
+mod memory;
 
 use std::path::PathBuf;
 
@@ -23,6 +24,8 @@ enum Task {
         #[arg(long)]
         results: PathBuf,
     },
+    /// Shows where the memory of an idle pod is.
+    Memory,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -30,5 +33,6 @@ async fn main() -> Result<()> {
     match Task::parse() {
         Task::Demo => demo::run().await,
         Task::Bench { runs, results } => bench::run(runs, &results).await,
+        Task::Memory => memory::run().await,
     }
 }
