@@ -1,5 +1,6 @@
 //! Guest memory: how it is laid out, what backs it, and how pages of it go back to the host.
 
+mod discard;
 mod ram;
 mod save;
 

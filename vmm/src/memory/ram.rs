@@ -4,11 +4,11 @@ use std::{fs::File, io, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion, mmap::MmapRegionBuilder,
+    FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    mmap::MmapRegionBuilder,
 };
 
-use super::{Discard, GuestMem, layout, layout::PAGE_SIZE};
+use super::{GuestMem, discard::Split, layout};
 
 /// How pages of guest memory are allocated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +114,7 @@ pub struct GuestRam {
     config: RamConfig,
     /// Where a file is mapped, privately.
     file_parts: Vec<Range>,
+    pub(super) split: Split,
 }
 
 impl GuestRam {
@@ -125,7 +126,7 @@ impl GuestRam {
         let regions = parts(&config).into_iter().map(|(start, len)| region(start, len, &config));
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
-        Ok(Self { mem: Arc::new(mem), config, file_parts: Vec::new() })
+        Ok(Self { mem: Arc::new(mem), config, file_parts: Vec::new(), split: Split::default() })
     }
 
     /// Maps memory that was saved to `file`, privately. The file must never change while the memory is in
@@ -157,7 +158,7 @@ impl GuestRam {
         let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
         // What it was backed by before it was saved no longer matters.
         let config = RamConfig { backing: Backing::Anonymous, huge_pages: HugePages::Off, ..config };
-        Ok(Self { mem: Arc::new(mem), config, file_parts })
+        Ok(Self { mem: Arc::new(mem), config, file_parts, split: Split::default() })
     }
 
     pub(super) fn regions(&self) -> impl Iterator<Item = &GuestRegionMmap<()>> {
@@ -210,77 +211,6 @@ impl GuestRam {
 
     pub(super) fn shows_file(&self, start: u64, len: u64) -> bool {
         self.file_parts.iter().any(|part| part.overlaps(start, len))
-    }
-
-    /// Frees pages of one region.
-    fn discard_in(&self, region: &GuestRegionMmap<()>, start: u64, len: u64) -> io::Result<()> {
-        let host = region
-            .get_host_address(vm_memory::MemoryRegionAddress(start - region.start_addr().0))
-            .map_err(|_| io::ErrorKind::InvalidInput)?
-            .cast::<libc::c_void>();
-        let bytes = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
-        if self.shows_file(start, len) {
-            return self.replace(host, start, bytes);
-        }
-        let advice = match self.config.backing {
-            Backing::Anonymous => libc::MADV_DONTNEED,
-            Backing::Memfd => libc::MADV_REMOVE,
-        };
-        // SAFETY: the range lies inside this region's mapping, which lives as long as `self`, and guest
-        // memory is only ever accessed as volatile bytes, to which turning zero is one more change from
-        // outside.
-        let done = unsafe { libc::madvise(host, bytes, advice) };
-        if done == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        // Part of a huge page cannot be freed, but it can be cleared.
-        if error.raw_os_error() == Some(libc::EINVAL) { self.clear(start, bytes) } else { Err(error) }
-    }
-
-    /// Puts fresh anonymous memory in the place of pages that show a file's bytes.
-    fn replace(&self, host: *mut libc::c_void, start: u64, len: usize) -> io::Result<()> {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        // SAFETY: the range lies inside one of this memory's own mappings, so nothing else is replaced, and
-        // the new mapping grants the same access.
-        let mapped = unsafe { libc::mmap(host, len, prot, flags, -1, 0) };
-        if mapped != libc::MAP_FAILED {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        // The process's count of mappings is bounded; a guest that frees every other page reaches it.
-        if error.raw_os_error() == Some(libc::ENOMEM) { self.clear(start, len) } else { Err(error) }
-    }
-
-    fn clear(&self, start: u64, len: usize) -> io::Result<()> {
-        const ZEROS: [u8; 4096] = [0; 4096];
-        let mut done = 0;
-        while done < len {
-            let n = ZEROS.len().min(len - done);
-            self.mem
-                .write_slice(ZEROS.get(..n).unwrap_or(&ZEROS), GuestAddress(start + done as u64))
-                .map_err(io::Error::other)?;
-            done += n;
-        }
-        Ok(())
-    }
-}
-
-impl Discard for GuestRam {
-    fn discard(&self, addr: GuestAddress, len: u64) -> io::Result<()> {
-        let aligned = addr.0.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
-        let Some(end) = addr.0.checked_add(len).filter(|_| aligned) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        let mut start = addr.0;
-        while start < end {
-            let region = self.mem.find_region(GuestAddress(start)).ok_or(io::ErrorKind::InvalidInput)?;
-            let here = (region.last_addr().0 - start + 1).min(end - start);
-            self.discard_in(region, start, here)?;
-            start += here;
-        }
-        Ok(())
     }
 }
 
@@ -344,66 +274,4 @@ fn memfd(size: u64, huge: bool) -> io::Result<File> {
     let file = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | huge)?);
     file.set_len(size)?;
     Ok(file)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use super::*;
-
-    fn config(backing: Backing) -> RamConfig {
-        RamConfig { size: 4 << 20, hotplug: 0, backing, huge_pages: HugePages::Off }
-    }
-
-    fn ram(backing: Backing) -> GuestRam {
-        GuestRam::new(config(backing)).unwrap()
-    }
-
-    fn byte(ram: &GuestRam, addr: u64) -> u8 {
-        ram.mem().read_obj(GuestAddress(addr)).unwrap()
-    }
-
-    #[test]
-    fn discarded_memory_reads_zero() {
-        for backing in [Backing::Anonymous, Backing::Memfd] {
-            let ram = ram(backing);
-            ram.mem().write_slice(&[7; 12288], GuestAddress(0x1000)).unwrap();
-            ram.discard(GuestAddress(0x2000), 4096).unwrap();
-            assert_eq!(
-                (byte(&ram, 0x1fff), byte(&ram, 0x2000), byte(&ram, 0x2fff), byte(&ram, 0x3000)),
-                (7, 0, 0, 7)
-            );
-        }
-    }
-
-    #[test]
-    fn discarding_mapped_file_pages_leaves_zeros_not_the_file() {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[9; 4 << 20]).unwrap();
-        let ram = GuestRam::from_file(config(Backing::Anonymous), file).unwrap();
-        assert_eq!((byte(&ram, 0x10_0000), byte(&ram, 0x10_1fff)), (9, 9));
-        ram.discard(GuestAddress(0x10_0000), 4096).unwrap();
-        assert_eq!((byte(&ram, 0x10_0000), byte(&ram, 0x10_1000)), (0, 9));
-    }
-
-    #[test]
-    fn transparent_huge_pages_are_discarded_in_part() {
-        let config = RamConfig { huge_pages: HugePages::Transparent, ..config(Backing::Anonymous) };
-        let ram = GuestRam::new(config).unwrap();
-        ram.mem().write_slice(&[7; 3 << 20], GuestAddress(0)).unwrap();
-        ram.discard(GuestAddress(0x20_0000), 4096).unwrap();
-        assert_eq!((byte(&ram, 0x1f_ffff), byte(&ram, 0x20_0000), byte(&ram, 0x20_1000)), (7, 0, 7));
-    }
-
-    #[test]
-    fn refuses_to_discard_what_is_not_its_own() {
-        let ram = ram(Backing::Anonymous);
-        for (addr, len) in
-            [(1, 4096), (0, 100), (4 << 20, 4096), ((4 << 20) - 4096, 8192), (u64::MAX - 4095, 4096)]
-        {
-            let error = ram.discard(GuestAddress(addr), len).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{addr:#x}+{len:#x}");
-        }
-    }
 }

@@ -63,8 +63,9 @@ use crate::virtio::{
 /// VIRTIO_VSOCK_F_STREAM: stream sockets are supported.
 const FEATURE_STREAM: u32 = 0;
 
-/// Receive, transmit, event.
-const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// Receive, transmit, event. A guest keeps the receive queue full of buffers of 4 KiB, which is memory that it can't
+/// use otherwise.
+const QUEUE_SIZES: [u16; 3] = [64, 256, 16];
 
 /// What a vsock device is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
