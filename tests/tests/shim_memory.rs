@@ -7,8 +7,8 @@ use caisson_e2e::{cost, cri};
 use tokio::time::{Instant, sleep};
 
 /// The most that shim, VMM and guest hold, in KiB, of a pod of one busybox on a node that gives 128 MiB to pods without
-/// a limit.
-const BOUND_KIB: u64 = 40 << 10;
+/// a limit. It is about 40,000, and some 3,000 more where the guest's free memory happens to be in small pieces.
+const BOUND_KIB: u64 = 46 << 10;
 /// What the start needed and no longer uses is back within this time.
 const REST: Duration = Duration::from_secs(60);
 
