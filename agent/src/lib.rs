@@ -10,6 +10,7 @@
 //! - [`pod`]: the namespaces that containers share; [`storage`]: file systems that the host names;
 //!   [`transfer`]: files in and out, connections into the pod.
 //! - [`task`]: tasks, and work that blocks; [`drill`]: deaths on purpose.
+//! - [`process`]: how this process itself begins.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock; [`oci`]: the runtime specification's types.
 
@@ -26,6 +27,7 @@ pub mod network;
 pub mod oci;
 pub mod options;
 pub mod pod;
+pub mod process;
 pub mod reaper;
 pub mod ring;
 pub mod service;

@@ -1,15 +1,18 @@
 //! The `caisson-agent` binary. See the library's documentation for what it is made of.
 
+#![no_main]
+
 use std::error::Error;
+use std::ffi::{c_char, c_int};
 use std::os::unix::process::parent_id;
-use std::process::ExitCode;
+use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::time::Duration;
 
 use caisson_agent::options::{Command, Drill, Listen, OptionError, Options, USAGE};
 use caisson_agent::reaper::Reaper;
 use caisson_agent::state::{Shutdown, State};
-use caisson_agent::{connection, drill, init, log, pod, service, task};
+use caisson_agent::{connection, drill, init, log, pod, process, service, task};
 use caisson_protocol::v1::{ShuttingDown, event};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,7 +29,25 @@ const REMOVAL: Duration = Duration::from_secs(10);
 /// Grace of a shutdown that a signal asked for.
 const SIGNAL_GRACE_MS: u32 = 3_000;
 
-fn main() -> ExitCode {
+const USAGE_ERROR: c_int = 2;
+/// Exit code after a panic, as of any Rust program.
+const PANICKED: c_int = 101;
+
+/// What the C library calls. The standard library's own entry would do more: so that it can say that a stack overflowed,
+/// it looks for the main thread's stack in /proc/self/maps, in each helper anew, with 90 KB of functions that read
+/// numbers of every kind.
+// SAFETY: no library has this symbol; the standard library leaves it to programs without its entry.
+#[unsafe(no_mangle)]
+extern "C" fn main(_count: c_int, _arguments: *const *const c_char) -> c_int {
+    catch_unwind(|| {
+        process::prepare();
+        run_as_called()
+    })
+    .unwrap_or(PANICKED)
+}
+
+/// Does what the program was started for; its exit code.
+fn run_as_called() -> c_int {
     // Before anything else: a helper has one thread, and no business with the rest.
     if let Some(code) = caisson_agent::container::init::run_if_helper() {
         return code;
@@ -36,12 +57,12 @@ fn main() -> ExitCode {
         // Only reached when the kernel refused to end the machine: because this is the first process of a container,
         // which managed to start its runtime's own program and ends here. For the machine's own first process the end
         // is a kernel panic, which the VMM sees and reports.
-        return ExitCode::FAILURE;
+        return libc::EXIT_FAILURE;
     }
     if std::env::args_os().nth(1).is_some_and(|argument| argument == pod::init::ARGUMENT) {
         return match pod::init::run() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
+            Ok(()) => libc::EXIT_SUCCESS,
+            Err(_) => libc::EXIT_FAILURE,
         };
     }
     match Options::from_arguments(std::env::args_os().skip(1)) {
@@ -51,15 +72,15 @@ fn main() -> ExitCode {
             let lines = log::start(options.log);
             if let Err(error) = run(&options, false, lines) {
                 error!(error, "the agent ends");
-                return ExitCode::FAILURE;
+                return libc::EXIT_FAILURE;
             }
         }
         Err(error) => {
             eprintln!("caisson-agent: {error}\n{USAGE}");
-            return ExitCode::from(2);
+            return USAGE_ERROR;
         }
     }
-    ExitCode::SUCCESS
+    libc::EXIT_SUCCESS
 }
 
 /// PID 1: sets up the machine, serves, and ends the machine, whatever happens between.
@@ -77,7 +98,7 @@ fn run_as_init() {
         init::power_off(false);
         return;
     }
-    let result = std::panic::catch_unwind(|| run(&options, true, lines));
+    let result = catch_unwind(|| run(&options, true, lines));
     let restart = match result {
         Ok(Ok(how)) => how.reboot,
         Ok(Err(error)) => {

@@ -30,12 +30,12 @@ mod rootfs;
 pub(super) mod sysctl;
 pub(super) mod wire;
 
+use std::ffi::c_int;
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
@@ -52,7 +52,7 @@ pub const ARGV0: &str = "caisson-init";
 
 /// Does the helper's work if this process is one, and then is the exit code of `main`. To be called first in `main`,
 /// while there is one thread.
-pub fn run_if_helper() -> Option<ExitCode> {
+pub fn run_if_helper() -> Option<c_int> {
     if std::env::args_os().next()? != ARGV0 {
         return None;
     }
@@ -60,11 +60,11 @@ pub fn run_if_helper() -> Option<ExitCode> {
     let socket = unsafe { OwnedFd::from_raw_fd(wire::SOCKET) };
     let mut agent = Agent(UnixStream::from(socket));
     match work(&mut agent) {
-        Ok(()) => Some(ExitCode::SUCCESS),
+        Ok(()) => Some(libc::EXIT_SUCCESS),
         Err(error) => {
             // When the agent is gone, so is whoever would want to know.
             let _ = agent.answer(Word::Failed(Failure::from(error)), None);
-            Some(ExitCode::FAILURE)
+            Some(libc::EXIT_FAILURE)
         }
     }
 }
