@@ -156,14 +156,15 @@ members! { Mount {
     "uidMappings": uid_mappings, "gidMappings": gid_mappings,
 } }
 
-/// Hooks of all points of the life cycle, kept so that they can be refused by name.
+/// Commands to run at points of the life cycle. Only those inside the container are; the others are kept so that they
+/// can be refused by name.
 #[derive(Clone, Debug, Default)]
 #[allow(missing_docs)] // Named as in the specification.
 pub struct Hooks {
     pub prestart: Vec<serde_json::Value>,
     pub create_runtime: Vec<serde_json::Value>,
     pub create_container: Vec<serde_json::Value>,
-    pub start_container: Vec<serde_json::Value>,
+    pub start_container: Vec<Hook>,
     pub poststart: Vec<serde_json::Value>,
     pub poststop: Vec<serde_json::Value>,
 }
@@ -172,6 +173,21 @@ members! { Hooks {
     "prestart": prestart, "createRuntime": create_runtime, "createContainer": create_container,
     "startContainer": start_container, "poststart": poststart, "poststop": poststop,
 } }
+
+/// A command of a hook.
+#[derive(Clone, Debug, Default)]
+pub struct Hook {
+    /// The program, absolute.
+    pub path: PathBuf,
+    /// Its arguments, with its name for itself.
+    pub args: Vec<String>,
+    /// `NAME=value` entries.
+    pub env: Vec<String>,
+    /// Seconds that it may take.
+    pub timeout: Option<i64>,
+}
+
+members! { Hook { required "path": path, "args": args, "env": env, "timeout": timeout } }
 
 #[cfg(test)]
 mod tests {

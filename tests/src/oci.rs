@@ -19,6 +19,8 @@ use caisson_agent::{
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use crate::vmm::{Vmm, Workshop};
+
 /// A runtime with a root file system made of busybox, and everything gone with it.
 pub struct Bed {
     /// Its files: the root file system in `root`, and what a test adds.
@@ -53,7 +55,7 @@ impl Bed {
         for applet in [
             "sh", "cat", "sleep", "ls", "id", "head", "tail", "mount", "umount", "mkdir", "stat", "dd",
             "true", "kill", "hostname", "readlink", "touch", "grep", "pwd", "stty", "date", "env", "sort",
-            "cut", "wc", "echo",
+            "cut", "wc", "echo", "rm",
         ] {
             symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
@@ -239,4 +241,35 @@ fn text(mut reader: File) -> String {
     let mut text = Vec::new();
     reader.read_to_end(&mut text).unwrap();
     String::from_utf8_lossy(&text).trim().to_owned()
+}
+
+/// Runs all tests of the calling program but `skip` on the guest's kernel, in a machine of our own.
+///
+/// # Panics
+/// When one fails there.
+pub fn holds_in_a_machine(skip: &str) {
+    let agent = Path::new(&std::env::var_os("CAISSON_BIN").unwrap()).join("caisson-agent");
+    let init = format!(
+        "mkdir -p /sys/fs/cgroup /tmp /dev/pts /dev/shm /etc /root
+        mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t tmpfs tmp /tmp; mount -t devpts devpts /dev/pts
+        mount --make-rshared /
+        mkdir /sys/fs/cgroup/init; echo $$ > /sys/fs/cgroup/init/cgroup.procs
+        for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+            echo +$controller > /sys/fs/cgroup/cgroup.subtree_control
+        done
+        ip link set lo up
+        CAISSON_BIN=/host HOME=/root /host/program --test-threads=1 --skip {skip} && echo all of it holds
+        sleep 1000"
+    );
+    let program = std::env::current_exe().unwrap();
+    let workshop =
+        Workshop::with_programs(&init, &[(&program, "program"), (&agent, "caisson-agent")]).unwrap();
+    let disk = workshop.disk("disk", "", 16 << 20).unwrap();
+    let disk = format!("[[devices]]\nblock.files = [{disk:?}]\nblock.options.id = 'disk'\n");
+    let mut config = workshop.config(&disk).unwrap();
+    config.memory.size_mib = 768;
+    let mut vmm = Vmm::boot(config).unwrap();
+    let said = vmm.expect("test result: ").unwrap();
+    assert!(said.contains(" 0 failed"), "{}", vmm.transcript.join("\n"));
+    vmm.expect("all of it holds").unwrap();
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use caisson_e2e::agent::Agent;
+use caisson_e2e::{agent::Agent, node::Product};
 use caisson_protocol::{
     client::call,
     limits,
@@ -23,6 +23,14 @@ fn tmpfs(id: &str, size: u64) -> v1::Storage {
 
 fn within(storage: &str, path: &str) -> Option<v1::CopyTarget> {
     Some(v1::CopyTarget { within: Some(Within::StorageId(storage.into())), path: path.into() })
+}
+
+/// Every guest has the program in memory, and so has the page cache of its host.
+#[test]
+fn the_program_is_small() -> Result<()> {
+    let size = fs::metadata(Product::Agent.path()?)?.len();
+    ensure!(size <= 3_000_000, "it has {size} bytes");
+    Ok(())
 }
 
 #[tokio::test]

@@ -159,3 +159,45 @@ async fn runc_refuses_the_same() {
         assert!(bed.runtime.list().is_empty());
     }
 }
+
+/// Every action and every comparison of a filter, by what the kernel makes of it.
+#[tokio::test]
+async fn runcs_library_compiles_the_same_filters() {
+    let bed = Bed::new();
+    let mut differences = Vec::new();
+    let actions = ["ALLOW", "ERRNO", "TRAP", "TRACE", "LOG", "KILL", "KILL_THREAD", "KILL_PROCESS"];
+    for action in actions {
+        let script = "sh -c 'mkdir /tmp/a'; echo $?; rm -rf /tmp/a";
+        let change = |spec: &mut Value| {
+            let rule = json!({"names": ["mkdir", "mkdirat"], "action": format!("SCMP_ACT_{action}")});
+            spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]});
+        };
+        differences.extend(both(&bed, action, script, change).await);
+    }
+    // Signals 0 to 18 to itself, of which those that end it or stop it are left out.
+    let script = "for signal in 0 17 18; do kill -$signal $$; echo $signal $?; done";
+    let argument =
+        |op: &str, value: u64, two: u64| json!({"index": 1, "value": value, "valueTwo": two, "op": op});
+    let conditions = [
+        ("equal", json!([argument("SCMP_CMP_EQ", 17, 0)])),
+        ("not equal", json!([argument("SCMP_CMP_NE", 17, 0)])),
+        ("less", json!([argument("SCMP_CMP_LT", 17, 0)])),
+        ("less or equal", json!([argument("SCMP_CMP_LE", 17, 0)])),
+        ("greater", json!([argument("SCMP_CMP_GT", 17, 0)])),
+        ("greater or equal", json!([argument("SCMP_CMP_GE", 17, 0)])),
+        ("masked", json!([argument("SCMP_CMP_MASKED_EQ", 16, 16)])),
+        ("alternatives", json!([argument("SCMP_CMP_EQ", 17, 0), argument("SCMP_CMP_EQ", 18, 0)])),
+        ("both", json!([argument("SCMP_CMP_EQ", 17, 0), {"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}])),
+    ];
+    for (name, args) in conditions {
+        let change = |spec: &mut Value| {
+            let rule = json!({"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38, "args": args});
+            spec["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X32"],
+                "syscalls": [rule],
+            });
+        };
+        differences.extend(both(&bed, name, script, change).await);
+    }
+    assert!(differences.is_empty(), "{}", differences.join("\n\n"));
+}

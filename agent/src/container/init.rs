@@ -18,10 +18,11 @@
 //! - [`rootfs`], [`mounts`], [`devices`]: the container's file systems.
 //! - [`console`]: its terminal.
 //! - [`sysctl`]: its kernel parameters.
-//! - [`identity`]: users, capabilities and what else a program inherits.
+//! - [`identity`]: users, capabilities and what else a program inherits; [`hooks`]: what runs just before it.
 
 mod console;
 mod devices;
+mod hooks;
 pub(super) mod identity;
 pub(super) mod mounts;
 mod namespaces;
@@ -39,6 +40,7 @@ use std::path::PathBuf;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use self::hooks::Hooks;
 use self::identity::Identity;
 use self::root::Root;
 use self::wire::{Answer, ContainerSetup, ExecSetup, Order, Process, Setup, Word};
@@ -120,7 +122,7 @@ fn container(agent: &mut Agent, setup: &Blueprint) -> Result<(), Error> {
     rootfs::enter(root, setup, procfs.as_fd())?;
     drop(procfs);
     let identity = Identity::new(process, identity::personality(&linux)?, setup.filter.as_ref())?;
-    finish(agent, identity, terminal)
+    finish(agent, identity, terminal, Some(setup))
 }
 
 fn exec(agent: &mut Agent, setup: ExecSetup) -> Result<(), Error> {
@@ -136,14 +138,15 @@ fn exec(agent: &mut Agent, setup: ExecSetup) -> Result<(), Error> {
     console::own_streams(&root, process)?;
     drop(root);
     let identity = Identity::new(process, setup.personality, setup.filter.as_ref())?;
-    finish(agent, identity, terminal)
+    finish(agent, identity, terminal, None)
 }
 
-/// Waits for the order and executes the program.
+/// Waits for the order and executes the program; before it, the hooks of the container whose first process this is.
 fn finish(
     agent: &mut Agent,
     identity: Identity<'_>,
     terminal: Option<console::Terminal>,
+    container: Option<&Blueprint>,
 ) -> Result<(), Error> {
     let master = match terminal {
         Some(terminal) => Some(terminal.take_over()?),
@@ -157,7 +160,12 @@ fn finish(
     }
     // Nothing but the streams and the socket is open from here on, so no path leads through a descriptor.
     sys::close_from(4).map_err(Error::system("close descriptors"))?;
-    Err(identity.assume_and_execute())
+    let hooks = container.map_or(Ok(None), Hooks::new)?;
+    identity.assume()?;
+    if let Some(hooks) = hooks {
+        hooks.run()?;
+    }
+    Err(identity.execute())
 }
 
 /// Forks the process proper as the agent's child. Whether this is it.

@@ -7,8 +7,9 @@
 //! - [`validate`]: refuses what is not honoured, by name.
 //!
 //! What is refused, and why: AppArmor and SELinux labels (the guest's kernel has neither; whoever passes a host's
-//! specification on removes what only made sense there), hooks (their programs are the host's), a mount namespace to
-//! be joined, seccomp user notification, Intel RDT, network devices, memory policies, classic network control groups.
+//! specification on removes what only made sense there), all hooks but `startContainer` (their programs are the host's),
+//! a mount namespace to be joined, seccomp user notification, Intel RDT, network devices, memory policies, classic network
+//! control groups.
 //!
 //! Whatever its specification says, a container has no vsock sockets and no io_uring(7), which could make them: see
 //! [`seccomp::vsock_guard`].

@@ -82,21 +82,27 @@ fn names(spec: &Spec, linux: &Linux) -> Result<(), Error> {
     Ok(())
 }
 
-/// Their programs are the host's: in a guest there is nothing to run them.
+/// But for those that run in the container, their programs are the host's: in a guest there is nothing to run.
 fn hooks(spec: &Spec) -> Result<(), Error> {
     let Some(hooks) = &spec.hooks else { return Ok(()) };
     let kinds = [
         ("prestart", &hooks.prestart),
         ("createRuntime", &hooks.create_runtime),
         ("createContainer", &hooks.create_container),
-        ("startContainer", &hooks.start_container),
         ("poststart", &hooks.poststart),
         ("poststop", &hooks.poststop),
     ];
-    match kinds.iter().find(|(_, hooks)| !hooks.is_empty()) {
-        Some((kind, _)) => Err(Error::unsupported(format!("hooks.{kind}"), "the guest has no hook programs")),
-        None => Ok(()),
+    if let Some((kind, _)) = kinds.iter().find(|(_, hooks)| !hooks.is_empty()) {
+        return Err(Error::unsupported(format!("hooks.{kind}"), "the guest has no hook programs"));
     }
+    for (index, hook) in hooks.start_container.iter().enumerate() {
+        let field = format!("hooks.startContainer[{index}]");
+        absolute(&format!("{field}.path"), &hook.path)?;
+        if hook.timeout.is_some_and(|seconds| seconds <= 0) {
+            return Err(Error::invalid(format!("{field}.timeout"), "is not positive"));
+        }
+    }
+    Ok(())
 }
 
 fn namespaces(linux: &Linux) -> Result<(), Error> {
@@ -420,6 +426,13 @@ mod tests {
             ("/hostname", json!("pod"), "hostname"),
             ("/hooks", json!({"prestart": [{"path": "/bin/x"}]}), "hooks.prestart"),
             ("/hooks", json!({"poststop": [{"path": "/bin/x"}]}), "hooks.poststop"),
+            ("/hooks", json!({"startContainer": [{"path": "x"}]}), "hooks.startContainer[0].path"),
+            (
+                "/hooks",
+                json!({"startContainer": [{"path": "/x", "timeout": 0}]}),
+                "hooks.startContainer[0].timeout",
+            ),
+            ("/freebsd", json!({}), "freebsd"),
             ("/mounts", json!([{"destination": "x", "type": "tmpfs"}]), "mounts[0].destination"),
             (
                 "/mounts",

@@ -179,15 +179,8 @@ impl<'a> Identity<'a> {
         path.split(':').map(|directory| cwd.join(directory).join(program)).collect()
     }
 
-    /// Becomes the program; returns only why not.
-    pub(super) fn assume_and_execute(&self) -> Error {
-        match self.assume() {
-            Ok(()) => self.execute(),
-            Err(error) => error,
-        }
-    }
-
-    fn assume(&self) -> Result<(), Error> {
+    /// Takes on all that the program inherits.
+    pub(super) fn assume(&self) -> Result<(), Error> {
         let user = &self.process.user;
         let field = |name: &'static str, action: &'static str| {
             move |errno: nix::errno::Errno| Error::apply(name, action)(errno.into())
@@ -283,7 +276,8 @@ impl<'a> Identity<'a> {
         Err(Error::invalid("process.cwd", "is outside of the container"))
     }
 
-    fn execute(&self) -> Error {
+    /// Becomes the program; returns only why not.
+    pub(super) fn execute(&self) -> Error {
         let mut refused = None;
         for candidate in self.candidates() {
             let Ok(path) = super::root::c_path(&candidate) else { continue };
