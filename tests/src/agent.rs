@@ -1,6 +1,8 @@
 //! The agent as a plain process, and a client of it.
 
 use std::{
+    fs::Permissions,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command},
     time::{Duration, Instant},
@@ -13,7 +15,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::node::Product;
+use crate::{
+    containers::{Pod, Root, busybox_root},
+    node::Product,
+};
 
 /// How long an agent may take to listen.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -129,5 +134,30 @@ impl Drop for Agent {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+/// An agent with a pod, and what its containers run on.
+pub struct Bed {
+    /// The agent.
+    pub agent: Agent,
+    /// Its pod.
+    pub pod: Pod,
+    _root: tempfile::TempDir,
+}
+
+impl Bed {
+    /// Starts them.
+    ///
+    /// # Errors
+    /// When something is missing.
+    pub async fn start() -> Result<Self> {
+        let root = tempfile::Builder::new().permissions(Permissions::from_mode(0o755)).tempdir()?;
+        busybox_root(root.path())?;
+        let agent = Agent::start().await?;
+        agent.sandbox().await?;
+        let pod =
+            Pod { client: agent.client.clone(), root: Root::Directory(root.path().to_string_lossy().into()) };
+        Ok(Self { agent, pod, _root: root })
     }
 }

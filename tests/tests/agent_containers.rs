@@ -2,36 +2,16 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, Permissions},
-    os::unix::fs::PermissionsExt,
+    fs,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
-    agent::Agent,
-    containers::{self, Pod, Root, busybox_root, process},
+    agent::{Agent, Bed},
+    containers::{self, Pod, process},
 };
 use caisson_protocol::v1;
-
-/// An agent with a pod, and what its containers run on.
-struct Bed {
-    agent: Agent,
-    pod: Pod,
-    _root: tempfile::TempDir,
-}
-
-impl Bed {
-    async fn start() -> Result<Self> {
-        let root = tempfile::Builder::new().permissions(Permissions::from_mode(0o755)).tempdir()?;
-        busybox_root(root.path())?;
-        let agent = Agent::start().await?;
-        agent.sandbox().await?;
-        let pod =
-            Pod { client: agent.client.clone(), root: Root::Directory(root.path().to_string_lossy().into()) };
-        Ok(Self { agent, pod, _root: root })
-    }
-}
 
 #[tokio::test]
 async fn output_and_exit_code_arrive() -> Result<()> {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use caisson_agent::container::Stdio;
 use caisson_e2e::oci::{self, Bed};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::{Value, json};
 
 /// CVE-2019-5736: the runtime's own program, reached through a process that it starts, must not be writable.
@@ -78,23 +79,22 @@ async fn links_do_not_move_mounts() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mount_points_are_made_inside() {
     let bed = Bed::new();
-    let (outside, race) = (bed.dir.path().join("outside"), bed.root().join("race"));
+    let (outside, race, link) =
+        (bed.dir.path().join("outside"), bed.root().join("race"), bed.root().join("link"));
     fs::create_dir(&outside).unwrap();
     fs::create_dir(&race).unwrap();
+    symlink(&outside, &link).unwrap();
     let ended = Arc::new(AtomicBool::new(false));
     let exchange = {
-        let (ended, outside, aside) = (ended.clone(), outside.clone(), bed.root().join("aside"));
+        let ended = ended.clone();
         std::thread::spawn(move || {
             while !ended.load(Ordering::Relaxed) {
-                fs::rename(&race, &aside).unwrap();
-                symlink(&outside, &race).unwrap();
+                renameat2(AT_FDCWD, &race, AT_FDCWD, &link, RenameFlags::RENAME_EXCHANGE).unwrap();
                 std::thread::yield_now();
-                fs::remove_file(&race).unwrap();
-                fs::rename(&aside, &race).unwrap();
             }
         })
     };
-    for round in 0..12 {
+    for round in 0..6 {
         let mut spec = bed.spec("true");
         let mounts = spec["mounts"].as_array_mut().unwrap();
         let file = format!("/race/{round}/file");

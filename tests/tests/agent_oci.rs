@@ -305,11 +305,11 @@ async fn hooks_run_in_the_container_before_its_program() {
     let bed = Bed::new();
     let mut spec = bed.spec("cat /tmp/hooks; echo program");
     spec["annotations"] = json!({"a": "b"});
-    let hook = |script: &str| json!({"path": "/bin/sh", "args": ["hook", "-c", script], "env": ["WHO=me"]});
+    let hook = |script: &str| json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["WHO=me"]});
     let first = hook("cat > /tmp/state; echo $0 $WHO $(/bin/id -u) $$ $PATH > /tmp/hooks");
     spec["hooks"] = json!({"startContainer": [first, hook("echo second >> /tmp/hooks")]});
     let text = bed.output(&spec).await;
-    assert!(text.starts_with("hook me 0 ") && text.ends_with("second\nprogram"), "{text}");
+    assert!(text.starts_with("sh me 0 ") && text.ends_with("second\nprogram"), "{text}");
     let state: Value =
         serde_json::from_str(&fs::read_to_string(bed.root().join("tmp/state")).unwrap()).unwrap();
     let told = [&state["id"], &state["status"], &state["pid"], &state["annotations"]["a"]];

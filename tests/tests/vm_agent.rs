@@ -133,6 +133,40 @@ async fn processors_and_memory_come_and_go() -> Result<()> {
     eventually("memory has shrunk", || async { Ok(memory_kib(&vm).await? < before + 50_000) }).await
 }
 
+#[tokio::test]
+async fn the_clock_and_the_entropy_are_the_hosts_to_set() -> Result<()> {
+    const DAY: u64 = 86_400;
+    let mut vm = PodVm::boot("").await?;
+    let pod = vm.pod().await?;
+    let mut machine = vm.client.machine();
+    let tomorrow = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() + DAY;
+    let realtime_ns = i64::try_from(tomorrow)? * 1_000_000_000;
+    machine.set_time(v1::SetTimeRequest { realtime_ns }).await?;
+    let seconds: u64 = pod.output("date", "date +%s").await?.trim().parse()?;
+    ensure!((tomorrow..tomorrow + 60).contains(&seconds), "{seconds} after {tomorrow}");
+    for realtime_ns in [0, -1] {
+        let refused = machine.set_time(v1::SetTimeRequest { realtime_ns }).await.err().map(|e| e.code());
+        ensure!(refused == Some(Code::InvalidArgument), "{refused:?}");
+    }
+    machine.reseed(v1::ReseedRequest { entropy: vec![7; 32] }).await?;
+    let refused = machine.reseed(v1::ReseedRequest { entropy: vec![7; 31] }).await.err().map(|e| e.code());
+    ensure!(refused == Some(Code::InvalidArgument), "{refused:?}");
+
+    // The image's disk is plugged; other slots are empty, or not there.
+    let devices = machine.list_devices(v1::ListDevicesRequest {}).await?.into_inner().devices;
+    ensure!(devices.iter().any(|device| (device.virtio_id, &*device.interface) == (2, "vda")), "{devices:?}");
+    let empty = devices.iter().find(|device| device.virtio_id == 0).context("an empty slot")?.slot;
+    for (slot, code) in [(empty, Code::FailedPrecondition), (255, Code::NotFound), (1 << 20, Code::NotFound)]
+    {
+        let refused = machine.plug_device(v1::PlugDeviceRequest { slot }).await.err().map(|e| e.code());
+        ensure!(refused == Some(code), "slot {slot}: {refused:?}");
+    }
+    let storages =
+        vm.client.storages().list_storages(v1::ListStoragesRequest {}).await?.into_inner().storages;
+    ensure!(storages.len() == 1 && storages[0].container_id.is_empty(), "{storages:?}");
+    Ok(())
+}
+
 async fn memory_kib(vm: &PodVm) -> Result<u64> {
     let details = vm.client.agent().guest_details(v1::GuestDetailsRequest {}).await?.into_inner();
     Ok(details.memory_total / 1024)
