@@ -47,6 +47,14 @@ pub enum Error {
         /// ENOENT: not found; EACCES: not executable.
         source: io::Error,
     },
+    /// A hook of the specification failed, or took longer than it may. The container has ended.
+    #[error("{field}: {reason}")]
+    Hook {
+        /// The hook, as a path in `config.json`.
+        field: String,
+        /// What became of it.
+        reason: String,
+    },
     /// The id is taken.
     #[error("{0} exists")]
     Exists(String),
@@ -131,6 +139,7 @@ enum Kind {
     Unsupported = 2,
     Apply = 3,
     Exec = 4,
+    Hook = 5,
 }
 
 impl From<Error> for Failure {
@@ -142,6 +151,7 @@ impl From<Error> for Failure {
             Error::Invalid { field, reason } => failure(Kind::Invalid, field, reason, 0),
             Error::Unsupported { field, reason } => failure(Kind::Unsupported, field, reason, 0),
             Error::Apply { field, action, source } => failure(Kind::Apply, field, action, errno(&source)),
+            Error::Hook { field, reason } => failure(Kind::Hook, field, reason, 0),
             Error::Exec { program, source } => failure(Kind::Exec, program, none(), errno(&source)),
             Error::System { action, source } => failure(Kind::System, none(), action, errno(&source)),
             other => failure(Kind::System, none(), other.to_string(), libc::EPROTO),
@@ -159,6 +169,7 @@ impl From<Failure> for Error {
             Kind::Unsupported => Error::Unsupported { field: what, reason: text },
             Kind::Apply => Error::Apply { field: what, action: text, source },
             Kind::Exec => Error::Exec { program: what, source },
+            Kind::Hook => Error::Hook { field: what, reason: text },
             Kind::System => Error::System { action: text, source },
         }
     }
@@ -176,6 +187,7 @@ mod tests {
             Error::unsupported("a", "b"),
             Error::apply("a", "b")(source()),
             Error::system("b")(source()),
+            Error::Hook { field: "a".to_owned(), reason: "b".to_owned() },
             Error::Exec { program: "a".to_owned(), source: source() },
         ] {
             let text = format!("{error:?}");

@@ -147,6 +147,9 @@ fn devices(linux: &Linux) -> Result<(), Error> {
                 format!("{:?} is none of c, u, b, p", device.kind),
             ));
         }
+        if device.kind != "p" && (device.major, device.minor) == (0, 0) {
+            return Err(Error::invalid(format!("{field}.major"), "is required"));
+        }
         for (name, number) in [("major", device.major), ("minor", device.minor)] {
             if u32::try_from(number).is_err() {
                 return Err(Error::invalid(
@@ -195,6 +198,9 @@ pub fn resources(resources: &Resources) -> Result<(), Error> {
         }
         if memory.swappiness.is_some() {
             return unsupported("memory.swappiness", "cgroup v2 has none");
+        }
+        if memory.use_hierarchy == Some(false) {
+            return unsupported("memory.useHierarchy", "cgroup v2 always has one");
         }
         if memory.disable_oom_killer == Some(true) {
             return unsupported("memory.disableOOMKiller", "cgroup v2 has no such switch");
@@ -462,6 +468,12 @@ mod tests {
             ("/linux/namespaces", json!([{"type": "mount", "path": "/x"}]), "linux.namespaces[0].path"),
             ("/linux/timeOffsets", json!({"monotonic": {"secs": 1}}), "linux.timeOffsets"),
             ("/linux/devices", json!([{"path": "/dev/x", "type": "z"}]), "linux.devices[0].type"),
+            ("/linux/devices", json!([{"path": "/dev/x", "type": "c"}]), "linux.devices[0].major"),
+            (
+                "/linux/resources",
+                json!({"memory": {"useHierarchy": false}}),
+                "linux.resources.memory.useHierarchy",
+            ),
             ("/linux/sysctl", json!({"vm.swappiness": "1"}), "linux.sysctl"),
             ("/linux/sysctl", json!({"net.ipv4.ip_forward": "1"}), "linux.sysctl"),
             ("/linux/intelRdt", json!({}), "linux.intelRdt"),

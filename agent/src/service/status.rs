@@ -67,7 +67,7 @@ impl From<container::Error> for Status {
             },
             Error::Exists(_) => Code::AlreadyExists,
             Error::NoContainer(_) | Error::NoProcess { .. } => Code::NotFound,
-            Error::NoTerminal | Error::State { .. } => Code::FailedPrecondition,
+            Error::Hook { .. } | Error::NoTerminal | Error::State { .. } => Code::FailedPrecondition,
             Error::Apply { source, .. } | Error::System { source, .. } => of_system(source),
             Error::HelperGone => Code::Internal,
         };

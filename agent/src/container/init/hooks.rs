@@ -49,8 +49,8 @@ impl<'a> Hooks<'a> {
             let field = format!("hooks.startContainer[{index}]");
             match self.run_one(&field, hook)? {
                 Some(status) if status.success() => Ok(()),
-                Some(status) => Err(Error::invalid(field, format!("ended with {status}"))),
-                None => Err(Error::invalid(field, "took longer than it may")),
+                Some(status) => Err(Error::Hook { field, reason: format!("ended with {status}") }),
+                None => Err(Error::Hook { field, reason: "took longer than it may".to_owned() }),
             }
         })
     }
