@@ -30,7 +30,9 @@ pub mod volumes;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use caisson_protocol::v1;
 use tokio::sync::watch;
@@ -47,6 +49,9 @@ use crate::id::Id;
 use crate::log::one_line;
 use crate::machine::MachineError;
 use crate::share::Mount;
+
+/// How long a shim with nothing to do waits for containerd to end it, once that has said that it is done.
+const FORGOTTEN: Duration = Duration::from_secs(5);
 
 /// What a pod is known by and made with.
 #[derive(Debug)]
@@ -70,6 +75,8 @@ pub struct Pod {
     sandbox: tokio::sync::Mutex<Option<Arc<Sandbox>>>,
     containers: Mutex<HashMap<String, Entry>>,
     bare: bare::Bare,
+    /// containerd was done with the pod while something of it was still on its way.
+    dismissed: AtomicBool,
     /// Becomes true when the shim has nothing more to do.
     finished: watch::Sender<bool>,
 }
@@ -90,6 +97,7 @@ impl Pod {
             sandbox: tokio::sync::Mutex::new(None),
             containers: Mutex::default(),
             bare: bare::Bare::default(),
+            dismissed: AtomicBool::new(false),
             finished: watch::Sender::new(false),
         }
     }
@@ -181,7 +189,7 @@ impl Pod {
     ///
     /// # Errors
     /// While it runs.
-    pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit), PodError> {
+    pub async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<(u32, Exit), PodError> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         let pid = container.sandbox().machine().pid();
@@ -197,6 +205,7 @@ impl Pod {
             if id == self.settings.id.as_str() {
                 self.tear_down().await;
             }
+            self.leave_if_dismissed();
             return Ok((pid, exit));
         }
         let exit = match process.status() {
@@ -274,10 +283,23 @@ impl Pod {
     /// containerd is done with a container. With nothing left, the shim's work is done, too.
     pub async fn shutdown(&self, now: bool) {
         if !now && (self.bare.is_asked_for() || !self.lock().is_empty()) {
+            self.dismissed.store(true, Ordering::Relaxed);
             return;
         }
         self.tear_down().await;
         self.finished.send_replace(true);
+    }
+
+    /// A containerd that was killed and came back may have said that it is done before what it had asked for earlier
+    /// was: nobody would end the shim then. One that is still there says it again, and sooner than this.
+    fn leave_if_dismissed(self: &Arc<Self>) {
+        if self.dismissed.load(Ordering::Relaxed) {
+            let pod = self.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(FORGOTTEN).await;
+                pod.shutdown(false).await;
+            });
+        }
     }
 
     /// Returns once the shim has nothing more to do.
@@ -345,19 +367,19 @@ impl Pod {
 }
 
 /// An id that is taken for a container in the making, and free again if nothing comes of it.
-struct Claim<'a> {
-    pod: &'a Pod,
+struct Claim {
+    pod: Arc<Pod>,
     id: Option<String>,
 }
 
-impl<'a> Claim<'a> {
-    fn new(pod: &'a Pod, id: &str) -> Result<Claim<'a>, PodError> {
+impl Claim {
+    fn new(pod: &Arc<Pod>, id: &str) -> Result<Claim, PodError> {
         let mut containers = pod.lock();
         if containers.contains_key(id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
         containers.insert(id.to_owned(), Entry::Making);
-        Ok(Claim { pod, id: Some(id.to_owned()) })
+        Ok(Claim { pod: pod.clone(), id: Some(id.to_owned()) })
     }
 
     fn keep(mut self, container: Arc<Container>) {
@@ -367,10 +389,11 @@ impl<'a> Claim<'a> {
     }
 }
 
-impl Drop for Claim<'_> {
+impl Drop for Claim {
     fn drop(&mut self) {
         if let Some(id) = self.id.take() {
             self.pod.lock().remove(&id);
+            self.pod.leave_if_dismissed();
         }
     }
 }
