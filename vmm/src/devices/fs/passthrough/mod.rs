@@ -161,16 +161,22 @@ impl Passthrough {
     /// Tells the guest of a file.
     fn entry(&self, parent: &Inode, fd: OwnedFd) -> io::Result<Entry> {
         let (attr, mount) = sys::stat(fd.as_fd())?;
-        let inode = self.table.look_up(fd, key(&attr, mount), attr.st_mode & libc::S_IFMT)?;
+        let inode = self.table.look_up(parent, fd, key(&attr, mount), attr.st_mode & libc::S_IFMT)?;
         inode.version.tell(&attr);
-        let submount = self.submounts.load(Ordering::Relaxed) && inode.is_dir() && mount != parent.key.mount;
+        let submount = self.submounts.load(Ordering::Relaxed)
+            && inode.is_dir()
+            && !inode.passing
+            && mount != parent.key.mount;
+        // The host can't unmount what is held here. So the guest is to forget it as soon as it has no use for it: Linux
+        // does with a name that is not valid for any time, and is not on a mount of its own.
+        let timeout = if inode.passing { Duration::ZERO } else { self.cache.timeout() };
         Ok(Entry {
             inode: inode.id,
             generation: 0,
             attr,
             attr_flags: if submount { ATTR_SUBMOUNT } else { 0 },
-            attr_timeout: self.cache.timeout(),
-            entry_timeout: self.cache.timeout(),
+            attr_timeout: timeout,
+            entry_timeout: timeout,
         })
     }
 

@@ -28,6 +28,8 @@ pub(super) struct Inode {
     pub(super) key: Key,
     /// `S_IFMT` of its mode; a file's type never changes.
     pub(super) kind: u32,
+    /// On something that is mounted inside of what the host has put into the share.
+    pub(super) passing: bool,
     /// Of a regular file, as the guest was told last.
     pub(super) version: LastTold,
     fd: OwnedFd,
@@ -78,8 +80,8 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(root: OwnedFd, key: Key, limit: usize) -> Self {
-        let root =
-            Arc::new(Inode { id: ROOT, key, kind: libc::S_IFDIR, version: LastTold::default(), fd: root });
+        let version = LastTold::default();
+        let root = Arc::new(Inode { id: ROOT, key, kind: libc::S_IFDIR, passing: false, version, fd: root });
         let maps = Maps { last_inode: ROOT, ..Maps::default() };
         Self { root, limit, maps: Mutex::new(maps) }
     }
@@ -112,8 +114,14 @@ impl Table {
         held.ok_or_else(|| sys::errno(libc::ESTALE))
     }
 
-    /// Remembers a file and counts that the guest is told of it.
-    pub(super) fn look_up(&self, fd: OwnedFd, key: Key, kind: u32) -> io::Result<Arc<Inode>> {
+    /// Whether what is on this mount, below `parent`, may have to go away at any moment: something is mounted in a
+    /// directory of the host's that is itself mounted in the share.
+    fn is_passing(&self, parent: &Inode, mount: u64) -> bool {
+        parent.passing || (mount != parent.key.mount && parent.key.mount != self.root.key.mount)
+    }
+
+    /// Remembers a file below `parent` and counts that the guest is told of it.
+    pub(super) fn look_up(&self, parent: &Inode, fd: OwnedFd, key: Key, kind: u32) -> io::Result<Arc<Inode>> {
         if key == self.root.key {
             return Ok(self.root.clone());
         }
@@ -126,7 +134,8 @@ impl Table {
         self.room(&maps)?;
         let id = maps.last_inode.checked_add(1).ok_or_else(|| sys::errno(libc::ENFILE))?;
         maps.last_inode = id;
-        let inode = Arc::new(Inode { id, key, kind, version: LastTold::default(), fd });
+        let (passing, version) = (self.is_passing(parent, key.mount), LastTold::default());
+        let inode = Arc::new(Inode { id, key, kind, passing, version, fd });
         maps.keys.insert(key, id);
         maps.inodes.insert(id, Held { inode: inode.clone(), lookups: 1 });
         Ok(inode)

@@ -418,3 +418,53 @@ fn its_filter_lets_pass_what_a_worker_does() {
     bench.call(38, 0, &[]).unwrap();
     assert_eq!(bench.fs.share.held(), (0, 0));
 }
+
+/// A file system in memory, mounted until it is dropped.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    fn on(directory: std::path::PathBuf) -> Self {
+        fs::create_dir_all(&directory).unwrap();
+        let run = std::process::Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&directory).status();
+        assert!(run.unwrap().success());
+        Self(directory)
+    }
+
+    fn unmount(&self) -> bool {
+        let target = std::ffi::CString::new(self.0.to_str().unwrap()).unwrap();
+        // SAFETY: the string outlives the call.
+        unsafe { libc::umount2(target.as_ptr(), 0) == 0 }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        self.unmount();
+    }
+}
+
+#[test]
+fn what_the_host_mounts_in_a_volume_is_not_held_for_longer_than_it_is_used() {
+    let mut bench = Bench::new();
+    let volume = Mounted::on(bench.path("volume"));
+    let late = Mounted::on(volume.0.join("late"));
+    fs::create_dir(late.0.join("deep")).unwrap();
+    // An entry's node, for how many seconds its name and attributes are valid, and its flags.
+    let mut find = |parent, name: &str| {
+        let reply = bench.call(1, parent, &[name.as_bytes(), b"\0"].concat()).unwrap();
+        (long(&reply, 0), long(&reply, 16), long(&reply, 24), word(&reply, 124))
+    };
+    let (of_volume, name, attributes, flags) = find(ROOT, "volume");
+    assert_eq!((name, attributes, flags), (1, 1, 1), "a mount in the guest too");
+    let (of_late, name, attributes, flags) = find(of_volume, "late");
+    assert_eq!((name, attributes, flags), (0, 0, 0));
+    let (of_deep, name, attributes, flags) = find(of_late, "deep");
+    assert_eq!((name, attributes, flags), (0, 0, 0));
+    assert!(!late.unmount(), "it is held");
+    bench.forget(of_deep, 1);
+    bench.forget(of_late, 1);
+    bench.settle();
+    assert!(late.unmount());
+    bench.forget(of_volume, 1);
+    bench.settle();
+}
