@@ -2,6 +2,7 @@
 
 mod device;
 mod mount;
+mod part;
 mod tree;
 
 use std::collections::BTreeMap;
@@ -88,6 +89,20 @@ struct Mounted {
     order: u64,
 }
 
+impl Mounted {
+    fn is_tmpfs(&self) -> bool {
+        matches!(self.storage.source, Some(Source::Tmpfs(_)))
+    }
+}
+
+/// Removes a mount point that nothing is mounted on.
+fn remove_point(path: &Path) -> io::Result<()> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => fs::remove_file(path),
+        result => result,
+    }
+}
+
 impl Storages {
     /// No storages yet; their mount points will be under `root`.
     pub fn new(root: &Path) -> Storages {
@@ -117,10 +132,14 @@ impl Storages {
                 exists.then_some(()).ok_or_else(|| StorageError::NotFound(part.clone()))?;
             }
         }
-        let (path, is_mount) = if let Some(node) = device::unmounted(source)? {
-            (node, false)
-        } else {
-            (self.mount_at(storage, source)?, true)
+        let (path, is_mount) = match (source, device::unmounted(source)?) {
+            (_, Some(node)) => (node, false),
+            (Source::Part(part), _) => {
+                let whole = mounted.get(&part.storage_id).filter(|whole| whole.is_tmpfs());
+                let whole = whole.ok_or_else(|| StorageError::NotFound(part.storage_id.clone()))?;
+                (part::mount(&whole.path, &self.directory, storage, part)?, true)
+            }
+            _ => (self.mount_at(storage, source)?, true),
         };
         let order = mounted.values().map(|mounted| mounted.order).max().unwrap_or(0).saturating_add(1);
         let entry = Mounted {
@@ -157,6 +176,7 @@ impl Storages {
             Some(Source::Overlay(overlay)) => {
                 overlay.upper == id || overlay.lowers.iter().any(|lower| lower == id)
             }
+            Some(Source::Part(part)) => part.storage_id == id,
             _ => false,
         };
         if mounted.values().any(uses) {
@@ -169,7 +189,7 @@ impl Storages {
                 Err(Errno::EBUSY) => return Err(StorageError::Busy(id.to_owned())),
                 Err(errno) => return Err(StorageError::io("unmount", id)(errno.into())),
             }
-            fs::remove_dir(&entry.path).map_err(StorageError::io("remove the mount point of", id))?;
+            remove_point(&entry.path).map_err(StorageError::io("remove the mount point of", id))?;
         }
         mounted.remove(id);
         Ok(())
@@ -233,7 +253,7 @@ impl Storages {
         let path = {
             let mounted = lock(&self.mounted);
             let entry = mounted.get(id).ok_or_else(|| StorageError::NotFound(id.to_owned()))?;
-            if !matches!(entry.storage.source, Some(Source::Tmpfs(_))) {
+            if !entry.is_tmpfs() {
                 return Err(StorageError::invalid("storage_id", id));
             }
             entry.path.clone()

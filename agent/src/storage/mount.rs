@@ -28,6 +28,8 @@ pub(super) fn mount(directory: &Path, storage: &Storage, source: &Source) -> Res
         Source::Block(block) => block_device(block)?,
         Source::Tmpfs(tmpfs) => memory(tmpfs)?,
         Source::Overlay(parts) => overlay(directory, storage, parts)?,
+        // It is no file system of its own.
+        Source::Part(_) => return Err(StorageError::invalid("source", &storage.id)),
     };
     call.flags |= flags(&storage.options)?;
     if storage.read_only {

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::ffi::{CString, OsStr};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -14,8 +14,8 @@ use std::path::{Component, Path, PathBuf};
 use caisson_protocol::v1::{TreeEntry, tree_entry::Kind};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, renameat};
-use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat, renameat};
+use nix::sys::stat::{Mode, SFlag, fchmod, fstatat, mkdirat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat};
 
 use super::StorageError;
@@ -72,6 +72,10 @@ fn put(root: BorrowedFd<'_>, entry: &TreeEntry) -> io::Result<()> {
     let parent = beneath(root, parent, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
     let (owner, group) = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
     let mode = Mode::from_bits_truncate(entry.mode);
+    // Nobody is to hear of a change that is none.
+    if is_there(parent.as_fd(), name, entry).unwrap_or(false) {
+        return Ok(());
+    }
     // Left over from a call that was cut short.
     match unlinkat(&parent, TEMPORARY, UnlinkatFlags::NoRemoveDir) {
         Ok(()) | Err(Errno::ENOENT) => {}
@@ -108,6 +112,29 @@ fn put(root: BorrowedFd<'_>, entry: &TreeEntry) -> io::Result<()> {
             Ok(renameat(&parent, TEMPORARY, &parent, name)?)
         }
         result => Ok(result?),
+    }
+}
+
+/// Whether a file or link is as it is to be.
+fn is_there(parent: BorrowedFd<'_>, name: &OsStr, entry: &TreeEntry) -> io::Result<bool> {
+    let found = fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    let kind = SFlag::from_bits_truncate(found.st_mode & SFlag::S_IFMT.bits());
+    if (found.st_uid, found.st_gid) != (entry.uid, entry.gid) {
+        return Ok(false);
+    }
+    match &entry.kind {
+        Some(Kind::Symlink(target)) if kind == SFlag::S_IFLNK => {
+            Ok(readlinkat(parent, name)?.as_bytes() == target.as_bytes())
+        }
+        Some(Kind::File(bytes)) if kind == SFlag::S_IFREG && found.st_mode & 0o7777 == entry.mode => {
+            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+            let mut held = Vec::new();
+            // One byte more than there is to be tells one that is longer.
+            let most = u64::try_from(bytes.len()).unwrap_or(u64::MAX).saturating_add(1);
+            File::from(openat(parent, name, flags, Mode::empty())?).take(most).read_to_end(&mut held)?;
+            Ok(held == *bytes)
+        }
+        _ => Ok(false),
     }
 }
 
@@ -165,7 +192,7 @@ fn children(directory: OwnedFd) -> io::Result<Vec<(CString, bool)>> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     use super::*;
 
@@ -198,6 +225,25 @@ mod tests {
         assert!(!root.path().join("..one").exists());
         let mode = fs::metadata(root.path().join("key")).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o640);
+    }
+
+    #[test]
+    fn what_is_there_already_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let entries =
+            |text: &str, target: &str| [file("file", text), entry("link", Kind::Symlink(target.into()))];
+        let inodes =
+            || ["file", "link"].map(|name| fs::symlink_metadata(root.path().join(name)).unwrap().ino());
+        sync(root.path(), "s", &entries("text", "file")).unwrap();
+        let before = inodes();
+        sync(root.path(), "s", &entries("text", "file")).unwrap();
+        assert_eq!(inodes(), before);
+        sync(root.path(), "s", &entries("texts", "files")).unwrap();
+        assert!(inodes().iter().zip(before).all(|(now, before)| *now != before));
+        assert_eq!(fs::read_to_string(root.path().join("file")).unwrap(), "texts");
+        let mode = TreeEntry { mode: 0o600, ..file("file", "texts") };
+        sync(root.path(), "s", &[mode]).unwrap();
+        assert_eq!(fs::metadata(root.path().join("file")).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
