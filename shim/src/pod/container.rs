@@ -20,10 +20,11 @@ use super::spec::{self, Bind, GuestSpec, Place};
 use super::volumes::StandIn;
 use crate::bundle::Spec;
 use crate::id::Id;
+use crate::journal::Journal;
 use crate::log::one_line;
 use crate::machine::{AGENT_GONE, MachineError};
 use crate::phases::Phases;
-use crate::share::{Disk, Mount};
+use crate::share::{Disk, Mount, Share};
 use crate::sizing::{Change, Demand, Limits};
 use crate::streams::{Stdio, Streams};
 
@@ -75,6 +76,15 @@ struct Disks {
     root: Option<u8>,
     /// Those that it has raw.
     raw: Vec<Wanted>,
+}
+
+/// Where the mounts of a container come from that are not new ones.
+#[derive(Debug, Default)]
+struct StandIns {
+    /// From the host.
+    shared: Vec<Bind>,
+    /// From parts of what the guest has.
+    parts: Vec<v1::Storage>,
 }
 
 #[derive(Clone, Debug)]
@@ -137,34 +147,35 @@ impl Container {
         let add = |demand: &mut Demand| demand.add(name, &new.id, limits);
         self.sandbox.size().await.grow(self.sandbox.machine(), add).await?;
         phases.done("size");
-        let directory = self.sandbox.guest_path(id.as_str());
-        let (root, shm) = (format!("{directory}/rootfs"), self.sandbox.guest_shm());
+        let (root, shm) = (self.sandbox.guest_path(&format!("{id}/rootfs")), self.sandbox.guest_shm());
         let (names, files) = (self.sandbox.names(), self.sandbox.files());
-        let place = Place { member, root: &root, binds: &directory, shm: &shm, files, names };
+        let place = Place { member, root: &root, shm: &shm, files, names };
         let rootfs =
             if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, &spec.config)] } else { new.rootfs };
         let mut guest = spec::container(spec.config, &place)?;
         let root_disk = self.plug_root(&rootfs).await?;
         self.plug_devices(&mut guest).await?;
-        let binds = self.stand_ins(&mut guest).await?;
+        let StandIns { shared: binds, parts } = self.stand_ins(&id, &mut guest).await?;
         let shared_root = root_disk.is_none().then_some(rootfs);
-        self.sandbox
-            .with_share(move |share, journal| {
-                if let Some(rootfs) = shared_root {
-                    share.add_rootfs(journal, &id, &rootfs)?;
-                }
-                for bind in &binds {
-                    share.add_volume(journal, &id, bind.index, &bind.volume)?;
-                }
-                Ok(())
-            })
-            .await?;
+        let add = move |share: &Share, journal: &mut Journal| {
+            if let Some(rootfs) = shared_root {
+                share.add_rootfs(journal, &id, &rootfs)?;
+            }
+            let mut placed = Vec::new();
+            for bind in &binds {
+                placed.push((bind.index, share.add_volume(journal, &id, &bind.volume)?.path));
+            }
+            Ok(placed)
+        };
+        for (index, path) in self.sandbox.with_share(add).await? {
+            guest.set_source(index, &self.sandbox.guest_path(&path.to_string_lossy()));
+        }
         phases.done("share");
         let request = v1::CreateContainerRequest {
             id: new.id,
             spec: serde_json::to_vec(&guest.spec).map_err(spec::SpecError::from)?,
             rootfs_storage: root_disk.as_ref().map(|storage| storage.id.clone()).unwrap_or_default(),
-            storages: root_disk.into_iter().collect(),
+            storages: root_disk.into_iter().chain(parts).collect(),
             streams: Some(new.stdio.selection()),
         };
         let mut containers = self.sandbox.containers();
@@ -199,17 +210,26 @@ impl Container {
         Ok(())
     }
 
-    /// Has the guest's own volumes take the place of the host's where that is better; returns those that are shared.
-    async fn stand_ins(&self, guest: &mut GuestSpec) -> Result<Vec<Bind>, PodError> {
-        let mut shared = Vec::new();
+    /// Has the guest's own volumes take the place of the host's where that is better.
+    async fn stand_ins(&self, id: &Id, guest: &mut GuestSpec) -> Result<StandIns, PodError> {
+        let mut found = StandIns::default();
         for bind in std::mem::take(&mut guest.binds) {
             match self.sandbox.volumes().stand_in(self.sandbox.machine(), &bind.volume.source).await? {
                 Some(StandIn::Directory(path)) => guest.set_source(bind.index, &path),
                 Some(StandIn::HugePages(size)) => guest.set_huge_pages(bind.index, size),
-                None => shared.push(bind),
+                Some(StandIn::Part(part)) => {
+                    let storage = v1::Storage {
+                        id: format!("part-{}-{id}", bind.index),
+                        source: Some(v1::storage::Source::Part(part)),
+                        ..v1::Storage::default()
+                    };
+                    guest.set_source(bind.index, &self.sandbox.guest_storage(&storage.id));
+                    found.parts.push(storage);
+                }
+                None => found.shared.push(bind),
             }
         }
-        Ok(shared)
+        Ok(found)
     }
 
     async fn attach(&self, process: &Process, ids: Option<v1::StreamIds>) -> Result<(), PodError> {

@@ -174,12 +174,17 @@ impl Sandbox {
 
     /// Where something in the share is in the guest.
     pub fn guest_path(&self, relative: &str) -> String {
-        format!("{}/{SHARE}/{relative}", self.storages)
+        format!("{}/{relative}", self.guest_storage(SHARE))
+    }
+
+    /// Where a storage is in the guest.
+    pub fn guest_storage(&self, id: &str) -> String {
+        format!("{}/{id}", self.storages)
     }
 
     /// Where the pod's shared memory is in the guest.
     pub fn guest_shm(&self) -> String {
-        format!("{}/{SHM}", self.storages)
+        self.guest_storage(SHM)
     }
 
     /// Changes the share, on a thread that may wait for file systems.

@@ -40,8 +40,6 @@ pub struct Place<'a> {
     pub member: bool,
     /// Its root in the guest.
     pub root: &'a str,
-    /// The directory in the guest below which its bind mounts' sources appear, each by its [`Bind::index`].
-    pub binds: &'a str,
     /// Where the pod's shared memory is in the guest.
     pub shm: &'a str,
     /// Where the host has the pod's own files, if nobody else has made them.
@@ -53,7 +51,7 @@ pub struct Place<'a> {
 /// A path of the host's to be shown to the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
-    /// Its index in the configuration's mounts, by which it is called in the container's directory of the share.
+    /// Its index in the configuration's mounts.
     pub index: usize,
     /// The mount.
     pub volume: Volume,
@@ -326,14 +324,14 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
         if kind != "bind" && !options.iter().any(|option| option == "bind" || option == "rbind") {
             continue;
         }
-        let guest = if Path::new(&destination) == Path::new("/dev/shm") && is_sandboxes(&source) {
-            place.shm.to_owned()
+        if Path::new(&destination) == Path::new("/dev/shm") && is_sandboxes(&source) {
+            mount.insert("source".into(), json!(place.shm));
         } else {
             let source = pods_file(&destination, source.into(), place.files);
+            // Where it is in the guest is known when it is shared.
+            mount.insert("source".into(), json!(""));
             binds.push(Bind { index, volume: Volume { source, options } });
-            format!("{}/{index}", place.binds)
-        };
-        mount.insert("source".into(), json!(guest));
+        }
     }
     Ok(binds)
 }
@@ -383,8 +381,7 @@ mod tests {
 
     fn rewrite(spec: &Value, member: bool) -> Result<(Value, Vec<Bind>), SpecError> {
         let names = names();
-        let place =
-            Place { member, root: "/g/root", binds: "/g/c", shm: "/g/shm", files: None, names: &names };
+        let place = Place { member, root: "/g/root", shm: "/g/shm", files: None, names: &names };
         let made = container(spec.clone(), &place)?;
         Ok((made.spec, made.binds))
     }
@@ -443,10 +440,8 @@ mod tests {
         ]});
         let (spec, binds) = rewrite(&spec, true).unwrap();
         assert_eq!(spec["mounts"][0]["source"], "proc");
-        assert_eq!(spec["mounts"][1]["source"], "/g/c/1");
         assert_eq!(spec["mounts"][2]["source"], "/g/shm");
-        assert_eq!(spec["mounts"][3]["source"], "/g/c/3");
-        assert_eq!(spec["mounts"][4]["source"], "/g/c/4");
+        assert_eq!(spec["mounts"][3]["source"], "");
         let options = vec!["rbind".to_owned(), "ro".to_owned()];
         let hosts = Bind { index: 1, volume: Volume { source: "/h/hosts".into(), options } };
         assert_eq!(binds[0], hosts);
@@ -467,8 +462,7 @@ mod tests {
     fn the_pods_host_name_is_a_file_unless_something_else_is() {
         let names = names();
         let files = Some(Path::new("/run/pod"));
-        let place =
-            Place { member: true, root: "/g/root", binds: "/g/c", shm: "/g/shm", files, names: &names };
+        let place = Place { member: true, root: "/g/root", shm: "/g/shm", files, names: &names };
         let with = |mounts: Value| {
             let spec = json!({"root": {"readonly": true}, "linux": {"namespaces": all_namespaces()},
                               "mounts": mounts});
@@ -476,7 +470,6 @@ mod tests {
         };
         let made = with(json!([{"destination": "/proc", "type": "proc", "source": "proc"}]));
         assert_eq!(made.spec["mounts"][1]["destination"], "/etc/hostname");
-        assert_eq!(made.spec["mounts"][1]["source"], "/g/c/1");
         assert_eq!(made.binds[0].volume.source, Path::new("/run/pod/hostname"));
         assert_eq!(made.binds[0].volume.options, ["rbind", "rprivate", "ro"]);
         let made = with(json!([{"destination": "/etc/hostname", "type": "tmpfs", "source": "tmpfs"}]));
@@ -515,7 +508,7 @@ mod tests {
             ]},
         }});
         let names = names();
-        let place = Place { member: true, root: "", binds: "", shm: "", files: None, names: &names };
+        let place = Place { member: true, root: "", shm: "", files: None, names: &names };
         let mut made = container(spec, &place).unwrap();
         let wanted = made.block_devices();
         let is = |minor, read_only| Wanted { host: Number { major: 7, minor }, read_only };
@@ -533,7 +526,7 @@ mod tests {
     #[test]
     fn nonsense_is_an_error() {
         let names = names();
-        let place = Place { member: true, root: "", binds: "", shm: "", files: None, names: &names };
+        let place = Place { member: true, root: "", shm: "", files: None, names: &names };
         for spec in [
             json!([]),
             json!({"mounts": 3, "linux": {"namespaces": all_namespaces()}}),

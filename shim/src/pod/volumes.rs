@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 
 use super::error::PodError;
 use crate::machine::Machine;
-use crate::share::{self, Special};
+use crate::share::{self, Memory, Owner, Special};
 
 /// The size of a volume of the kubelet's files: while they are swapped, old and new are there.
 const WRITTEN_SIZE: u64 = 8 << 20;
@@ -30,6 +30,8 @@ const WRITTEN_SIZE: u64 = 8 << 20;
 pub enum StandIn {
     /// A directory of the guest.
     Directory(String),
+    /// What is at a path in one, to be found when it is used.
+    Part(v1::Part),
     /// New mounts of huge pages of so many bytes.
     HugePages(u64),
 }
@@ -40,9 +42,18 @@ pub struct Volumes(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Paths in the guest, by the path on the host.
-    known: HashMap<PathBuf, String>,
+    /// By the path on the host.
+    known: HashMap<PathBuf, Known>,
     watch: Option<Watch>,
+}
+
+/// A directory that the guest has.
+#[derive(Clone, Debug)]
+struct Known {
+    /// The storage's id.
+    id: String,
+    /// Where it is in the guest.
+    path: String,
 }
 
 impl Volumes {
@@ -53,24 +64,28 @@ impl Volumes {
     pub async fn stand_in(&self, machine: &Machine, source: &Path) -> Result<Option<StandIn>, PodError> {
         let mut state = self.0.lock().await;
         if let Some(known) = state.known.get(source) {
-            return Ok(Some(StandIn::Directory(known.clone())));
+            return Ok(Some(StandIn::Directory(known.path.clone())));
         }
         let path = source.to_owned();
         let special = tokio::task::spawn_blocking(move || share::special(&path)).await??;
-        let id = format!("volume-{}", state.known.len());
-        let directory = match special {
-            None => return Ok(None),
-            Some(Special::HugePages(size)) => return Ok(Some(StandIn::HugePages(size))),
-            Some(Special::Memory { size, mode, uid, gid }) => {
-                mount(machine, &id, v1::Tmpfs { size, inodes: 0, mode, uid, gid }).await?
+        Ok(match special {
+            None => None,
+            Some(Special::HugePages(size)) => Some(StandIn::HugePages(size)),
+            Some(Special::Memory(memory)) => {
+                let known = state.memory(machine, source, memory).await?;
+                Some(StandIn::Directory(known.path))
             }
-            Some(Special::Written) => match state.copy(machine, &id, source).await? {
-                Some(directory) => directory,
-                None => return Ok(None),
-            },
-        };
-        state.known.insert(source.to_owned(), directory.clone());
-        Ok(Some(StandIn::Directory(directory)))
+            Some(Special::MemoryPart { volume, whole, path, owner }) => {
+                let known = state.memory(machine, &volume, whole).await?;
+                let path = path.into_os_string().into_string();
+                let path = path.map_err(|path| PodError::Invalid(format!("subPath {path:?}: not UTF-8")))?;
+                let Owner { mode, uid, gid } = owner;
+                Some(StandIn::Part(v1::Part { storage_id: known.id, path, mode, uid, gid }))
+            }
+            Some(Special::Written(root)) => {
+                state.copy(machine, source, root).await?.map(|known| StandIn::Directory(known.path))
+            }
+        })
     }
 }
 
@@ -85,14 +100,40 @@ async fn mount(machine: &Machine, id: &str, tmpfs: v1::Tmpfs) -> Result<String, 
 }
 
 impl State {
+    fn next_id(&self) -> String {
+        format!("volume-{}", self.known.len())
+    }
+
+    fn keep(&mut self, source: &Path, id: String, path: String) -> Known {
+        let known = Known { id, path };
+        self.known.insert(source.to_owned(), known.clone());
+        known
+    }
+
+    /// The guest's file system in memory in place of the host's.
+    async fn memory(&mut self, machine: &Machine, source: &Path, memory: Memory) -> Result<Known, PodError> {
+        if let Some(known) = self.known.get(source) {
+            return Ok(known.clone());
+        }
+        let (id, Owner { mode, uid, gid }) = (self.next_id(), memory.root);
+        let path = mount(machine, &id, v1::Tmpfs { size: memory.size, inodes: 0, mode, uid, gid }).await?;
+        Ok(self.keep(source, id, path))
+    }
+
     /// A copy of what the kubelet has written, kept up to date. None for what is too much or too strange to be copied.
-    async fn copy(&mut self, machine: &Machine, id: &str, source: &Path) -> Result<Option<String>, PodError> {
+    async fn copy(
+        &mut self,
+        machine: &Machine,
+        source: &Path,
+        root: Owner,
+    ) -> Result<Option<Known>, PodError> {
+        let id = self.next_id();
         let watch = match &self.watch {
             Some(watch) => watch,
             None => self.watch.insert(Watch::start(machine.agent().clone()).map_err(watching(source))?),
         };
         // Watched before it is read, so that no change is missed.
-        watch.add(id, source).map_err(watching(source))?;
+        watch.add(&id, source).map_err(watching(source))?;
         let path = source.to_owned();
         let entries = match tokio::task::spawn_blocking(move || share::read_tree(&path)).await? {
             Ok(entries) => entries,
@@ -102,11 +143,12 @@ impl State {
                 return Ok(None);
             }
         };
-        let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, mode: 0o755, ..v1::Tmpfs::default() };
-        let directory = mount(machine, id, tmpfs).await?;
-        let request = v1::SyncTreeRequest { storage_id: id.to_owned(), entries };
+        let Owner { mode, uid, gid } = root;
+        let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, inodes: 0, mode, uid, gid };
+        let path = mount(machine, &id, tmpfs).await?;
+        let request = v1::SyncTreeRequest { storage_id: id.clone(), entries };
         machine.answer(machine.agent().storages().sync_tree(call(request))).await?;
-        Ok(Some(directory))
+        Ok(Some(self.keep(source, id, path)))
     }
 }
 

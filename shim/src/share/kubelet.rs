@@ -4,10 +4,13 @@
 //! the guest's own, or else it would come on top of the guest's; and a program that watches its configuration
 //! (inotify(7)) hears of no change that another kernel makes.
 
+use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::{ShareError, at};
 
@@ -23,27 +26,62 @@ const WRITTEN: [&str; 4] = [
     "kubernetes.io~projected",
     "kubernetes.io~downward-api",
 ];
+/// All mounts in sight.
+const MOUNTS: &str = "/proc/self/mountinfo";
 /// In such a volume, the link that the kubelet swaps for another when it has written all.
 pub(super) const DATA: &str = "..data";
 
 /// A directory that is not shared as it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Special {
-    /// An empty file system in memory.
-    Memory {
-        /// Its size in bytes.
-        size: u64,
-        /// Permission bits of its root.
-        mode: u32,
-        /// Who that belongs to.
-        uid: u32,
-        /// Its group.
-        gid: u32,
+    /// A file system in memory that only the pod's containers write to.
+    Memory(Memory),
+    /// A directory in such a one.
+    MemoryPart {
+        /// Where the whole is on this host.
+        volume: PathBuf,
+        /// What that is.
+        whole: Memory,
+        /// The path in it.
+        path: PathBuf,
+        /// The directory, as the kubelet has made it.
+        owner: Owner,
     },
-    /// A small tree of files, which changes as a whole.
-    Written,
+    /// A small tree of files, which changes as a whole, and whose its root is.
+    Written(Owner),
     /// Huge pages of this many bytes.
     HugePages(u64),
+}
+
+/// A file system in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its root directory.
+    pub root: Owner,
+}
+
+/// Whose a directory is, and who may use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Permission bits.
+    pub mode: u32,
+    /// Who it belongs to.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
+impl Owner {
+    fn of(found: &fs::Metadata) -> Owner {
+        Owner { mode: found.mode() & 0o7777, uid: found.uid(), gid: found.gid() }
+    }
+}
+
+/// Whether it is a pod's `emptyDir` volume.
+pub(super) fn is_empty_dir(source: &Path) -> bool {
+    source.parent().and_then(Path::file_name).is_some_and(|kind| kind == EMPTY)
 }
 
 /// What the kubelet means by `source`; none when it is to be shared.
@@ -59,44 +97,98 @@ pub fn special(source: &Path) -> Result<Option<Special>, ShareError> {
     if system.f_type == HUGETLBFS {
         return Ok(Some(Special::HugePages(system.f_bsize.unsigned_abs())));
     }
-    let Some(kind) = source.parent().and_then(Path::file_name).and_then(|name| name.to_str()) else {
-        return Ok(None);
-    };
-    if WRITTEN.contains(&kind) {
+    let kind = source.parent().and_then(Path::file_name).and_then(|name| name.to_str());
+    if kind.is_some_and(|kind| WRITTEN.contains(&kind)) {
         let swapped = fs::symlink_metadata(source.join(DATA)).is_ok_and(|link| link.is_symlink());
-        return Ok(swapped.then_some(Special::Written));
+        return Ok(swapped.then(|| Special::Written(Owner::of(&found))));
     }
-    // One that was asked for in memory is a mount of its own. With something in it, part of it has been shared already.
-    let is_mount = source
-        .parent()
-        .and_then(|parent| fs::metadata(parent).ok())
-        .is_some_and(|it| it.dev() != found.dev());
-    if kind == EMPTY && system.f_type == TMPFS && is_mount && is_empty(source).map_err(at("list", source))? {
-        let size = system.f_blocks.saturating_mul(system.f_bsize.unsigned_abs());
-        let memory =
-            Special::Memory { size, mode: found.mode() & 0o7777, uid: found.uid(), gid: found.gid() };
-        return Ok(Some(memory));
+    if system.f_type == TMPFS {
+        return memory(source, &found);
     }
     Ok(None)
 }
 
-fn is_empty(directory: &Path) -> io::Result<bool> {
-    Ok(fs::read_dir(directory)?.next().is_none())
+/// A memory volume, or a part of one, which is a mount of its own on the host (`subPath`).
+fn memory(source: &Path, found: &fs::Metadata) -> Result<Option<Special>, ShareError> {
+    let table = fs::read(MOUNTS).map_err(at("read", Path::new(MOUNTS)))?;
+    let id = statx(CWD, source, AtFlags::empty(), StatxFlags::MNT_ID)
+        .map_err(|errno| at("look at", source)(errno.into()))?
+        .stx_mnt_id;
+    let real = fs::canonicalize(source).map_err(at("look at", source))?;
+    let Some((volume, path)) = locate(&table, id, &real) else { return Ok(None) };
+    let root = fs::metadata(&volume).map_err(at("look at", &volume))?;
+    if root.dev() != found.dev() {
+        // Something else is mounted over it.
+        return Ok(None);
+    }
+    let system = rustix::fs::statfs(&volume).map_err(|errno| at("look at", &volume)(errno.into()))?;
+    let size = system.f_blocks.saturating_mul(system.f_bsize.unsigned_abs());
+    let whole = Memory { size, root: Owner::of(&root) };
+    Ok(Some(if path.as_os_str().is_empty() {
+        Special::Memory(whole)
+    } else {
+        Special::MemoryPart { volume, whole, path, owner: Owner::of(found) }
+    }))
+}
+
+/// A line of proc_pid_mountinfo(5), as far as it matters here.
+struct MountLine {
+    id: u64,
+    device: Vec<u8>,
+    root: PathBuf,
+    point: PathBuf,
+}
+
+impl MountLine {
+    fn parse(line: &[u8]) -> Option<MountLine> {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        let _parent = fields.next()?;
+        let device = fields.next()?.to_owned();
+        Some(MountLine { id, device, root: unescape(fields.next()?), point: unescape(fields.next()?) })
+    }
+}
+
+/// Undoes the kernel's octal escapes of white space and backslashes.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let code = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = code.filter(|_| *first == b'\\').and_then(|code| u8::from_str_radix(code, 8).ok());
+        bytes.push(escaped.unwrap_or(*first));
+        rest = tail.get(if escaped.is_some() { 3 } else { 0 }..).unwrap_or_default();
+    }
+    OsString::from_vec(bytes).into()
+}
+
+/// The `emptyDir` volume that a directory belongs to, and its path in there. `mount` is the mount that the directory is
+/// on; the volume is where the whole of the same file system is mounted.
+fn locate(table: &[u8], mount: u64, directory: &Path) -> Option<(PathBuf, PathBuf)> {
+    let lines: Vec<_> = table.split(|byte| *byte == b'\n').filter_map(MountLine::parse).collect();
+    let own = lines.iter().find(|line| line.id == mount)?;
+    let inside = own.root.join(directory.strip_prefix(&own.point).ok()?);
+    let is_volume = |line: &&MountLine| {
+        line.device == own.device && line.root == Path::new("/") && is_empty_dir(&line.point)
+    };
+    let volume = lines.iter().find(is_volume)?;
+    Some((volume.point.clone(), inside.strip_prefix("/").ok()?.to_owned()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     #[test]
     fn what_the_kubelet_writes_anew_is_known_by_its_link() {
         let pod = tempfile::tempdir().unwrap();
         let volume = pod.path().join("kubernetes.io~configmap/config");
         fs::create_dir_all(volume.join("..2026")).unwrap();
+        fs::set_permissions(&volume, fs::Permissions::from_mode(0o750)).unwrap();
         assert_eq!(special(&volume).unwrap(), None);
         symlink("..2026", volume.join(DATA)).unwrap();
-        assert_eq!(special(&volume).unwrap(), Some(Special::Written));
+        assert!(matches!(special(&volume).unwrap(), Some(Special::Written(Owner { mode: 0o750, .. }))));
         let elsewhere = pod.path().join("other");
         fs::create_dir(&elsewhere).unwrap();
         symlink("..2026", elsewhere.join(DATA)).unwrap();
@@ -111,6 +203,35 @@ mod tests {
             let volume = pod.path().join("kubernetes.io~empty-dir/scratch");
             fs::create_dir_all(&volume).unwrap();
             assert_eq!(special(&volume).unwrap(), None);
+        }
+    }
+
+    const TABLE: &str = "\
+        21 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n\
+        30 21 0:50 / /k/pods/1/volumes/kubernetes.io~empty-dir/my\\040data rw shared:9 - tmpfs tmpfs rw,size=64k\n\
+        31 21 0:50 /a/b\\040c /k/pods/1/volume-subpaths/my\\040data/user/0 rw shared:9 - tmpfs tmpfs rw\n\
+        32 21 0:51 / /elsewhere rw - tmpfs tmpfs rw\n\
+        33 21 0:52 / /k/pods/1/volumes/kubernetes.io~empty-dir/disk rw - ext4 /dev/sdb rw\n";
+
+    #[test]
+    fn a_part_of_a_memory_volume_is_known_by_its_file_system() {
+        let of = |mount, path: &str| locate(TABLE.as_bytes(), mount, Path::new(path));
+        let volume = "/k/pods/1/volumes/kubernetes.io~empty-dir/my data";
+        assert_eq!(of(30, volume), Some((volume.into(), "".into())));
+        assert_eq!(of(30, &format!("{volume}/x/y")), Some((volume.into(), "x/y".into())));
+        let part = "/k/pods/1/volume-subpaths/my data/user/0";
+        assert_eq!(of(31, part), Some((volume.into(), "a/b c".into())));
+        assert_eq!(of(31, &format!("{part}/d")), Some((volume.into(), "a/b c/d".into())));
+        assert_eq!(of(32, "/elsewhere"), None);
+        assert_eq!(of(99, "/elsewhere"), None);
+        assert_eq!(of(21, "/elsewhere/../x"), None);
+        assert_eq!(locate(b"nonsense\n1 2\n\n", 1, Path::new("/")), None);
+    }
+
+    #[test]
+    fn escapes_are_undone_and_what_is_none_is_kept() {
+        for (field, path) in [("a\\040b\\134", "a b\\"), ("a\\04", "a\\04"), ("\\9990", "\\9990"), ("", "")] {
+            assert_eq!(unescape(field.as_bytes()), Path::new(path), "{field}");
         }
     }
 }

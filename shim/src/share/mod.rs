@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `disk` | root file systems on block devices, which are not shared but given as disks |
 //! | `kubelet`, `tree` | volumes that the guest has copies of, or its own instead |
+//! | `volumes` | those that are shared, each once |
 //! | `ids` | host ids that a pod's files belong to, and nobody else's |
 //! | `options` | mount options as containerd and the OCI specification write them |
 //! | `mount`, `overlay` | mounts made of descriptions, attached nowhere yet |
@@ -15,7 +16,7 @@
 //!
 //! ```text
 //! share/<container>/rootfs     the root file system
-//! share/<container>/<index>    a volume, by its index in the specification's mounts
+//! share/_volumes/<number>      a volume, for all containers that have it
 //! ```
 //!
 //! # Whose files they are
@@ -41,12 +42,14 @@ mod sys;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod volumes;
 
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountPropagationFlags, mount_change};
@@ -55,10 +58,11 @@ use crate::id::Id;
 use crate::journal::{CleanError, Journal, JournalError, Resource};
 use mount::{HARD, Mapping};
 use options::Options;
+use volumes::{Source, Volumes};
 
 pub use disk::{Disk, RawDisk, is_disk};
 pub use ids::{BASE as ID_BASE, COUNT as ID_COUNT, IdRange};
-pub use kubelet::{Special, special};
+pub use kubelet::{Memory, Owner, Special, special};
 pub use mount::Mount;
 pub use tree::read as read_tree;
 
@@ -168,6 +172,7 @@ pub struct Share {
     served: PathBuf,
     scaffold: PathBuf,
     mapping: Option<Mapping>,
+    volumes: Mutex<Volumes>,
 }
 
 /// Whether the mounts of a root file system can be had with mapped owners, by doing it and taking it back. `scaffold` is
@@ -217,7 +222,7 @@ impl Share {
         sys::attach(view.as_fd(), &served).map_err(at("attach a mount at", &served))?;
         mount_change(&served, MountPropagationFlags::SHARED)
             .map_err(|error| at("share the mount at", &served)(error.into()))?;
-        Ok(Share { writable, served, scaffold, mapping })
+        Ok(Share { writable, served, scaffold, mapping, volumes: Mutex::default() })
     }
 
     /// The directory to be served.
@@ -252,48 +257,70 @@ impl Share {
         Ok(Placed { path, mapped: self.mapping.is_some() })
     }
 
-    /// Shares a directory or file of the host, as the mount at `index` of a container's specification wants it.
+    /// Shares a directory or file of the host, as a mount of a container's specification wants it. A volume that
+    /// another container has already is not shared once more.
     ///
     /// # Errors
-    /// When there is no such file, when it is a device, and for options that no machine can honour.
+    /// When there is no such file, when it is a device, and for options that no machine can honour;
+    /// [`remove`](Self::remove) then takes away what there is of it.
     pub fn add_volume(
         &self,
         journal: &mut Journal,
         container: &Id,
-        index: usize,
         volume: &Volume,
     ) -> Result<Placed, ShareError> {
-        let options = Options::parse(volume.options.iter().map(String::as_str))?;
-        let source = fs::metadata(&volume.source).map_err(at("look at", &volume.source))?;
-        if source.file_type().is_block_device() || source.file_type().is_char_device() {
+        let mut options = Options::parse(volume.options.iter().map(String::as_str))?;
+        let found = fs::metadata(&volume.source).map_err(at("look at", &volume.source))?;
+        if found.file_type().is_block_device() || found.file_type().is_char_device() {
             return Err(ShareError::Device(volume.source.clone()));
+        }
+        // Nobody but the pod writes to its empty directories, so there is nothing on the host to be kept from it.
+        let pods_own = kubelet::is_empty_dir(&volume.source) && !options.recursive_read_only;
+        options.read_only &= !pods_own;
+        let (source, writable) = (Source::new(&found, &options), !options.read_only);
+        if let Some(placed) = self.volumes().find(&source, writable, container) {
+            return Ok(placed);
         }
         let tree = mount::clone(&volume.source, &options)?;
         let mapped = self.map(&tree, options.recursive);
-        let path = self.in_container(journal, container, &index.to_string())?;
-        let point = self.writable.join(&path);
-        if source.is_dir() {
+        let directory = self.writable.join(volumes::DIRECTORY);
+        if !directory.exists() {
+            make_directory(journal, &directory)?;
+        }
+        let placed = self.volumes().begin(source, writable, mapped, container);
+        let point = self.writable.join(&placed.path);
+        if found.is_dir() {
             make_directory(journal, &point)?;
         } else {
             journal.record(Resource::File(point.clone()))?;
             fs::File::create_new(&point).map_err(at("make", &point))?;
         }
-        self.attach(journal, &tree, &self.served.join(&path))?;
-        Ok(Placed { path, mapped })
+        self.attach(journal, &tree, &self.served.join(&placed.path))?;
+        self.volumes().complete(&placed);
+        Ok(placed)
     }
 
-    /// Takes everything of a container away. None of it need be there.
+    fn volumes(&self) -> MutexGuard<'_, Volumes> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes everything away that a container alone has. None of it need be there.
     ///
     /// # Errors
     /// When some of it remains, which the journal then still holds.
     pub fn remove(&self, journal: &mut Journal, container: &Id) -> Result<(), CleanError> {
-        let own = [&self.writable, &self.served].map(|directory| directory.join(container.as_str()));
+        let mut own = self.volumes().only_of(container);
+        own.push(container.as_str().into());
+        let own: Vec<_> =
+            own.iter().flat_map(|path| [self.writable.join(path), self.served.join(path)]).collect();
         journal.undo_where(|resource| match resource {
             Resource::Directory(path) | Resource::File(path) | Resource::Mount(path) => {
-                own.iter().any(|directory| path.starts_with(directory))
+                own.iter().any(|own| path.starts_with(own))
             }
             _ => false,
-        })
+        })?;
+        self.volumes().leave(container);
+        Ok(())
     }
 
     /// The path of something in a container's directory, which is made if missing.

@@ -219,12 +219,12 @@ fn volumes_are_directories_and_files_with_their_options() {
     let share = host.share(Owners::Mapped(RANGE));
     let journal = &mut host.journal;
     let mut add = |index, source: &Path, options: &[&str]| {
-        let placed = share.add_volume(journal, &id("c1"), index, &volume(source, options)).unwrap();
-        assert_eq!(placed, Placed { path: format!("c1/{index}").into(), mapped: true });
+        let placed = share.add_volume(journal, &id("c1"), &volume(source, options)).unwrap();
+        assert_eq!(placed, Placed { path: format!("_volumes/{index}").into(), mapped: true });
         share.path().join(placed.path)
     };
-    let writable = add(0, &directory, &["rbind", "rprivate"]);
-    let read_only = add(1, &directory, &["rbind", "ro"]);
+    let read_only = add(0, &directory, &["rbind", "ro"]);
+    let writable = add(1, &directory, &["rbind", "rprivate"]);
     let one_file = add(2, &directory.join("link"), &["bind", "ro"]);
     assert_eq!(fs::read_to_string(&one_file).unwrap(), "one");
     as_guest(|| {
@@ -240,12 +240,47 @@ fn volumes_are_directories_and_files_with_their_options() {
 }
 
 #[test]
+fn containers_that_have_the_same_volume_share_one() {
+    let mut host = Host::new();
+    let directory = host.file("data/file", "one").parent().unwrap().to_owned();
+    let elsewhere = host.directory("elsewhere");
+    mount_bind_recursive(&directory, &elsewhere).unwrap();
+    let own = host.file("kubernetes.io~empty-dir/own/file", "").parent().unwrap().to_owned();
+    let share = host.share(Owners::Host);
+    let journal = &mut host.journal;
+    let mut add = |container: &str, source: &Path, options: &[&str]| {
+        let placed = share.add_volume(journal, &id(container), &volume(source, options)).unwrap();
+        placed.path.file_name().unwrap().to_str().unwrap().parse::<usize>().unwrap()
+    };
+    assert_eq!(add("c1", &directory, &["rbind", "rw"]), 0);
+    // By whatever path, and to be read only: that is the guest's to see to, which may write by way of the first.
+    assert_eq!(add("c2", &elsewhere, &["rbind", "ro"]), 0);
+    assert_eq!(add("c2", &directory, &["rbind", "rslave"]), 1);
+    assert_eq!(add("c2", &directory, &["bind"]), 2);
+    assert_eq!(add("c2", &directory.join("file"), &["rbind", "ro"]), 3);
+    assert_eq!(add("c1", &directory.join("file"), &["rbind"]), 4);
+    // What is the pod's own may be written to from the first.
+    assert_eq!(add("c1", &own, &["rbind", "ro"]), 5);
+    assert_eq!(add("c2", &own, &["rbind"]), 5);
+
+    let there = |number: usize| share.path().join(format!("_volumes/{number}")).exists();
+    share.remove(journal, &id("c1")).unwrap();
+    assert_eq!([0, 1, 2, 3, 4, 5].map(there), [true, true, true, true, false, true]);
+    share.remove(journal, &id("c2")).unwrap();
+    assert!(![0, 1, 2, 3, 4, 5].map(there).contains(&true));
+    let placed = share.add_volume(journal, &id("c1"), &volume(&directory, &["rbind"])).unwrap();
+    assert_eq!(fs::read_to_string(share.path().join(placed.path).join("file")).unwrap(), "one");
+    unmount(&elsewhere, rustix::mount::UnmountFlags::DETACH).unwrap();
+    host.undo();
+}
+
+#[test]
 fn what_cannot_be_a_volume_is_refused_and_leaves_nothing() {
     let mut host = Host::new();
     let share = host.share(Owners::Host);
     let before = host.journal.resources().len();
     for (source, options) in [("/nonexistent", "rbind"), ("/dev/null", "bind"), ("/tmp", "rshared")] {
-        let added = share.add_volume(&mut host.journal, &id("c1"), 0, &volume(Path::new(source), &[options]));
+        let added = share.add_volume(&mut host.journal, &id("c1"), &volume(Path::new(source), &[options]));
         assert!(added.is_err(), "{source}");
     }
     assert_eq!(host.journal.resources().len(), before);
@@ -267,13 +302,13 @@ fn what_is_mounted_on_the_host_later_comes_in_only_where_it_is_asked_for() {
     fs::create_dir(source.join("later")).unwrap();
     let share = host.share(Owners::Mapped(RANGE));
     let journal = &mut host.journal;
-    for (index, option) in [(0, "rslave"), (1, "rprivate")] {
-        share.add_volume(journal, &id("c1"), index, &volume(&source, &["rbind", option])).unwrap();
+    for option in ["rslave", "rprivate"] {
+        share.add_volume(journal, &id("c1"), &volume(&source, &["rbind", option])).unwrap();
     }
     mount("test", source.join("later"), "tmpfs", MountFlags::empty(), None).unwrap();
     fs::write(source.join("later/file"), "").unwrap();
-    assert!(share.path().join("c1/0/later/file").exists());
-    assert!(!share.path().join("c1/1/later/file").exists());
+    assert!(share.path().join("_volumes/0/later/file").exists());
+    assert!(!share.path().join("_volumes/1/later/file").exists());
     share.remove(journal, &id("c1")).unwrap();
     assert!(source.join("later/file").exists(), "what happens in the share stays there");
     unmount(&source, rustix::mount::UnmountFlags::DETACH).unwrap();
@@ -284,7 +319,7 @@ fn what_is_mounted_on_the_host_later_comes_in_only_where_it_is_asked_for() {
 fn a_file_system_that_cannot_be_mapped_is_shared_as_it_is() {
     let mut host = Host::new();
     let share = host.share(Owners::Mapped(RANGE));
-    let placed = share.add_volume(&mut host.journal, &id("c1"), 0, &volume(Path::new("/proc/sys"), &["ro"]));
+    let placed = share.add_volume(&mut host.journal, &id("c1"), &volume(Path::new("/proc/sys"), &["ro"]));
     let placed = placed.unwrap();
     assert!(!placed.mapped);
     assert!(share.path().join(placed.path).join("kernel").exists());
@@ -325,12 +360,12 @@ fn mounts_come_and_go_in_a_namespace_that_was_made_before() {
         };
         let journal = &mut host.journal;
         share.add_rootfs(journal, &id("c1"), &[image]).unwrap();
-        share.add_volume(journal, &id("c1"), 0, &volume(&file, &["bind"])).unwrap();
-        assert!(exists("c1/rootfs/etc/passwd") && exists("c1/0"));
+        share.add_volume(journal, &id("c1"), &volume(&file, &["bind"])).unwrap();
+        assert!(exists("c1/rootfs/etc/passwd") && exists("_volumes/0"));
         share.remove(journal, &id("c1")).unwrap();
-        assert!(!exists("c1"));
-        share.add_volume(journal, &id("c1"), 0, &volume(&file, &["bind"])).unwrap();
-        assert!(exists("c1/0"));
+        assert!(!exists("c1") && !exists("_volumes/0"));
+        share.add_volume(journal, &id("c1"), &volume(&file, &["bind"])).unwrap();
+        assert!(exists("_volumes/1"));
         drop(ask);
     });
     host.undo();
