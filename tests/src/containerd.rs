@@ -329,6 +329,7 @@ fn config(dir: &Path, (major, minor): (u32, u32)) -> (String, Option<&'static st
         let main = format!(
             "version = 2\n{common}\
              [plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = '{PAUSE_IMAGE}'\n\
+             disable_hugetlb_controller = false\n\
              [plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = '{dir}/cni'\n\
              [plugins.'io.containerd.grpc.v1.cri'.containerd]\ndefault_runtime_name = 'runc'\n\
              [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\n\
@@ -341,6 +342,7 @@ fn config(dir: &Path, (major, minor): (u32, u32)) -> (String, Option<&'static st
     let main = format!(
         "version = 3\nimports = ['{dir}/conf.d/*.toml']\n{common}\
          [plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = '{PAUSE_IMAGE}'\n\
+         [plugins.'io.containerd.cri.v1.runtime']\ndisable_hugetlb_controller = false\n\
          [plugins.'io.containerd.cri.v1.runtime'.cni]\n{bin_dir}\nconf_dir = '{dir}/cni'\n\
          [plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = 'runc'\n\
          [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
