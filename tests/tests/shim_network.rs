@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::TcpStream,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -10,6 +11,9 @@ use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
     cri::{self, Cri, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PortMapping},
+    ctr::{self, Ctr},
+    leaks::Holdings,
+    node::Node,
     streaming::Streams,
 };
 
@@ -91,5 +95,94 @@ async fn a_pod_that_wants_the_hosts_network_is_told_why_not() -> Result<()> {
     let refused = cri.run_pod(config, HANDLER).await.err().context("it runs")?;
     let told = format!("{refused:#}");
     ensure!(told.contains("can't be in the host's network namespace"), "{told}");
+    before.assert_nothing_added()
+}
+
+/// A network namespace that has more than CNI's usual plugins make; gone when it is dropped.
+struct Namespace;
+
+impl Namespace {
+    const PATH: &str = "/run/caisson-many";
+    const MAKE: &str = "
+        touch /run/caisson-many; unshare --net=/run/caisson-many true
+        ip link add cmany0 mtu 1400 type veth peer name eth0 mtu 1400 address 02:00:00:00:00:02
+        ip link add cmany1 mtu 9000 type veth peer name data0 mtu 9000 address 02:00:00:00:01:02
+        ip link set eth0 netns /run/caisson-many; ip link set data0 netns /run/caisson-many
+        ip address add 10.99.0.1/24 dev cmany0; ip address add 10.99.1.1/24 dev cmany1
+        ip address add fd99::1/64 dev cmany0 nodad; ip link set cmany0 up; ip link set cmany1 up
+        nsenter --net=/run/caisson-many ip -batch - <<END
+            link set lo up
+            link set eth0 up
+            link set data0 up
+            address add 10.99.0.2/24 dev eth0
+            address add 10.99.0.3/24 dev eth0
+            address add fd99::2/64 dev eth0 nodad
+            address add 10.99.1.2/24 dev data0
+            route add default via 10.99.0.1
+            route add 10.50.0.0/16 via 10.99.1.1 dev data0 metric 7
+            route add 10.60.0.0/16 dev data0 src 10.99.1.2 mtu 1300
+            route add 10.70.0.0/16 via 10.99.0.1 table 100
+            route add ::/0 via fd99::1 dev eth0
+            route add fd50::/48 via fd99::5 dev eth0 metric 9
+            neighbour add 10.99.1.77 lladdr 02:00:00:00:00:77 dev data0 nud permanent
+            neighbour add fd99::77 lladdr 02:00:00:00:00:78 dev eth0 nud permanent
+END";
+
+    fn make() -> Result<Self> {
+        let made = Self;
+        sh(Self::MAKE)?;
+        Ok(made)
+    }
+
+    /// What a runtime could leave in it.
+    fn holdings(&self) -> Result<String> {
+        sh(&format!("nsenter --net={} sh -c 'ip -brief link; tc qdisc; tc filter'", Self::PATH))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // The links go with their ends inside.
+        let _ = sh(&format!("umount {0}; rm {0}", Self::PATH));
+    }
+}
+
+fn sh(script: &str) -> Result<String> {
+    let output = ctr::run(Command::new("sh").args(["-ec", script]))?;
+    ensure!(output.code == 0, "{script}: {output:?}");
+    Ok(output.stdout)
+}
+
+/// What a container with this network sees and reaches. busybox has no word for neighbours' states.
+const SEEN: &str = r"
+    for card in eth0 data0; do
+        cat /sys/class/net/$card/address /sys/class/net/$card/mtu
+        ip -o address show dev $card | grep -v fe80 | awk '{ print $2, $3, $4 }'
+    done
+    ip route; ip route show table 100; ip -6 route | grep -v -E 'fe80|ff00' | sed 's/ *$//'
+    ip neigh | grep PERMANENT
+    for target in '1372 10.99.0.1' '8972 10.99.1.1' '1352 fd99::1'; do
+        ping -c 1 -W 20 -s $target | grep -c '1 packets received'
+    done";
+
+#[test]
+fn every_interface_comes_with_all_that_it_has() -> Result<()> {
+    let node = Node::ready()?;
+    let ctr = Ctr::new(&node);
+    let before = Holdings::now()?;
+    let namespace = Namespace::make()?;
+    let network = format!("network:{}", Namespace::PATH);
+    let untouched = namespace.holdings()?;
+    let ask = |runtime: &str| {
+        let options = ["run", "--rm", "--runtime", runtime, "--with-ns", &network];
+        ctr.try_run(&[&options[..], &[BUSYBOX_IMAGE, "shim-many", "sh", "-c", SEEN]].concat())
+    };
+    let theirs = ask("io.containerd.runc.v2")?;
+    let lines = theirs.stdout.lines().count();
+    ensure!(theirs.code == 0 && lines > 20 && theirs.stdout.ends_with("1\n1\n1\n"), "{theirs:?}");
+    let ours = ask("io.containerd.caisson.v2")?;
+    ensure!(ours == theirs, "{}\nand with runc\n{}\n{}", ours.stdout, theirs.stdout, node.containerd_log());
+    ensure!(namespace.holdings()? == untouched, "left: {}", namespace.holdings()?);
+    drop(namespace);
     before.assert_nothing_added()
 }
