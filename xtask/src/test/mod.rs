@@ -37,7 +37,7 @@ const SOAK_LIMIT: u64 = 12 * 3600;
 
 /// The tests that containerd's version may make a difference to, as a nextest filter. Left out are those that ask much of
 /// an emulated machine and little of containerd.
-const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/) - binary(/^shim_(disks|network)/) \
+const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/) - binary(/^shim_(disks|kubelet|network)/) \
                                - test(/_that_dies_at_any_/)";
 
 /// Options of `cargo xtask test`. Without any, everything runs but the soaks.
