@@ -313,7 +313,7 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
     let Some(list) = object.get_mut("mounts").filter(|list| !list.is_null()) else { return Ok(binds) };
     let list = list.as_array_mut().ok_or_else(|| malformed("the list"))?;
     if let Some(files) = place.files {
-        add_host_name(list, files, read_only);
+        add_files(list, files, read_only);
     }
     for (index, mount) in list.iter_mut().enumerate() {
         let mount = mount.as_object_mut().ok_or_else(|| malformed("an entry"))?;
@@ -346,15 +346,16 @@ fn pods_file(destination: &str, source: PathBuf, files: Option<&Path>) -> PathBu
     }
 }
 
-/// Adds the file with the pod's host name, unless something is mounted in its place. With the sandbox API CRI has it
-/// mounted only where it finds it made already.
-fn add_host_name(mounts: &mut Vec<Value>, files: &Path, read_only: bool) {
-    let (destination, name) = FILES[0];
-    let taken = |mount: &Value| mount.get("destination").and_then(Value::as_str) == Some(destination);
-    if !mounts.iter().any(taken) {
-        let access = if read_only { "ro" } else { "rw" };
-        mounts.push(json!({"destination": destination, "type": "bind", "source": files.join(name),
-                           "options": ["rbind", "rprivate", access]}));
+/// Adds the pod's own files, each unless something is mounted in its place. With the sandbox API CRI has them mounted only
+/// where it finds them made already.
+fn add_files(mounts: &mut Vec<Value>, files: &Path, read_only: bool) {
+    let access = if read_only { "ro" } else { "rw" };
+    for (destination, name) in FILES {
+        let taken = |mount: &Value| mount.get("destination").and_then(Value::as_str) == Some(destination);
+        if !mounts.iter().any(taken) {
+            mounts.push(json!({"destination": destination, "type": "bind", "source": files.join(name),
+                               "options": ["rbind", "rprivate", access]}));
+        }
     }
 }
 
@@ -459,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pods_host_name_is_a_file_unless_something_else_is() {
+    fn the_pods_files_are_mounted_unless_something_else_is() {
         let names = names();
         let files = Some(Path::new("/run/pod"));
         let place = Place { member: true, root: "/g/root", shm: "/g/shm", files, names: &names };
@@ -472,8 +473,10 @@ mod tests {
         assert_eq!(made.spec["mounts"][1]["destination"], "/etc/hostname");
         assert_eq!(made.binds[0].volume.source, Path::new("/run/pod/hostname"));
         assert_eq!(made.binds[0].volume.options, ["rbind", "rprivate", "ro"]);
-        let made = with(json!([{"destination": "/etc/hostname", "type": "tmpfs", "source": "tmpfs"}]));
-        assert_eq!((made.spec["mounts"].as_array().unwrap().len(), made.binds.len()), (1, 0));
+        let made = with(json!([{"destination": "/etc/hosts", "type": "tmpfs", "source": "tmpfs"}]));
+        let sources: Vec<_> = made.binds.iter().map(|bind| bind.volume.source.as_path()).collect();
+        assert_eq!(sources, ["/run/pod/hostname", "/run/pod/resolv.conf"].map(Path::new));
+        assert_eq!(made.spec["mounts"].as_array().unwrap().len(), 3);
     }
 
     #[test]
