@@ -115,7 +115,9 @@ async fn nothing_is_inheritable_unasked() {
     let bed = Bed::new();
     bed.start(&bed.spec("grep CapInh /proc/self/status > /tmp/first; sleep 100")).await;
     let none = "CapInh:\t0000000000000000";
-    assert_eq!(bed.exec("grep CapInh /proc/self/status", json!({})).await.unwrap().1, none);
+    // The first process may still be on its way.
+    let script = "until [ -s /tmp/first ]; do sleep 0.1; done; grep CapInh /proc/self/status";
+    assert_eq!(bed.exec(script, json!({})).await.unwrap().1, none);
     assert_eq!(fs::read_to_string(bed.root().join("tmp/first")).unwrap().trim(), none);
     bed.runtime.remove("c", true).await.unwrap();
 }

@@ -376,10 +376,9 @@ async fn the_execution_domain_is_set() {
     let mut spec = bed.spec("cat /proc/self/personality > /tmp/first; sleep 100");
     spec["linux"]["personality"] = json!({"domain": "LINUX32"});
     bed.start(&spec).await;
-    assert_eq!(
-        bed.exec("cat /proc/self/personality /tmp/first", json!({})).await.unwrap().1,
-        "00000008\n00000008"
-    );
+    // The first process may still be on its way.
+    let script = "until [ -s /tmp/first ]; do sleep 0.1; done; cat /proc/self/personality /tmp/first";
+    assert_eq!(bed.exec(script, json!({})).await.unwrap().1, "00000008\n00000008");
     bed.runtime.remove("c", true).await.unwrap();
 }
 
