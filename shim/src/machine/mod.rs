@@ -112,7 +112,7 @@ pub enum MachineError {
     },
     /// The agent refused.
     #[error("the guest's agent: {}", .0.message())]
-    Agent(#[from] Box<tonic::Status>),
+    Agent(Box<tonic::Status>),
     /// The guest does not plug memory, or does not give it back.
     #[error(
         "the guest is at {plugged_mib} MiB of {wanted_mib} to be plugged and {balloon_mib} MiB of \

@@ -22,7 +22,7 @@ use crate::bundle::Spec;
 use crate::id::Id;
 use crate::journal::Journal;
 use crate::log::one_line;
-use crate::machine::{AGENT_GONE, MachineError};
+use crate::machine::AGENT_GONE;
 use crate::phases::Phases;
 use crate::share::{Disk, Mount, Share};
 use crate::sizing::{Change, Demand, Limits};
@@ -507,7 +507,7 @@ impl Container {
             match self.answer(containers.remove_container(with_deadline(request, LONG))).await {
                 Err(error) if error.code() == Code::NotFound => {}
                 // With the machine gone, so is the container.
-                Err(PodError::Machine(MachineError::Gone { .. })) => {}
+                Err(_) if self.sandbox.machine().has_ended() => {}
                 result => {
                     result?;
                 }

@@ -89,12 +89,6 @@ pub enum PodError {
     Broken(#[from] tokio::task::JoinError),
 }
 
-impl From<tonic::Status> for PodError {
-    fn from(status: tonic::Status) -> PodError {
-        PodError::Agent(Box::new(status))
-    }
-}
-
 impl From<MachineError> for PodError {
     fn from(error: MachineError) -> PodError {
         match error {
