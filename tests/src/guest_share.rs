@@ -138,15 +138,18 @@ impl Script<'_> {
         }
         let scratch = tempfile::tempdir_in("/dev/shm").context("a place on another file system")?;
         let started = Instant::now();
-        let output = Command::new("busybox")
-            .args(["sh", "-c", &format!("exec 2>&1\n{}", self.text)])
+        // With mounts of its own: a program that walks through /sys makes the kernel mount tracefs there, and that
+        // has to go with the program.
+        let output = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "busybox", "sh", "-c"])
+            .arg(format!("exec 2>&1\n{}", self.text))
             .env("DIR", &dir)
             .env("BIN", &bin)
             .env("TMPDIR", scratch.path())
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())
             .output()
-            .context("starting busybox")?;
+            .context("starting unshare")?;
         let lines = String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect();
         let code = output.status.code().context("killed")?;
         Ok(Report { lines, code, elapsed: started.elapsed() })
