@@ -45,6 +45,9 @@ const SHUTDOWN: Duration = Duration::from_secs(10);
 const GONE: Duration = Duration::from_secs(10);
 /// How long a machine whose agent is not to be reached any more may take to end.
 pub const AGENT_GONE: Duration = Duration::from_secs(5);
+/// How long any answer of the agent may take until its last byte. A call's own deadline, which is shorter, is for the
+/// agent to keep, and this side's ends with the first bytes: a hostile agent could leave the rest out.
+const ANSWER: Duration = Duration::from_secs(150);
 /// The tag of the pod's share.
 pub const SHARE_TAG: &str = "share";
 
@@ -225,15 +228,21 @@ impl Machine {
         &self,
         call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     ) -> Result<T, MachineError> {
-        let status = match call.await {
-            Ok(answer) => return Ok(answer.into_inner()),
-            Err(status) => status,
+        let status = match timeout(ANSWER, call).await {
+            Ok(Ok(answer)) => return Ok(answer.into_inner()),
+            Ok(Err(status)) => status,
+            Err(_) => tonic::Status::deadline_exceeded("it does not come to the end of its answer"),
         };
         // The agent's own have no cause on this side.
         let broken = std::error::Error::source(&status).is_some();
         if broken && timeout(AGENT_GONE, self.ended()).await.is_ok() {
             let status = self.ended.borrow().map_or_else(String::new, |status| status.to_string());
             return Err(MachineError::Gone { status, said: self.console.tail().await });
+        }
+        // That is what a deadline looks like that passes on this side.
+        if broken && status.code() == tonic::Code::Cancelled {
+            let late = tonic::Status::deadline_exceeded("the guest's agent does not answer in time");
+            return Err(MachineError::Agent(Box::new(late)));
         }
         Err(MachineError::Agent(Box::new(status)))
     }
@@ -279,11 +288,19 @@ impl Machine {
             return;
         }
         let request = with_deadline(v1::ShutdownRequest { grace_ms: 0, reboot: false }, SHUTDOWN);
-        let asked = self.agent.sandbox().shutdown(request).await;
-        if let Err(error) = &asked {
-            tracing::warn!(error = error.message(), "the guest can't be shut down in order");
-        }
-        if asked.is_err() || timeout(SHUTDOWN, self.ended()).await.is_err() {
+        let mut agent = self.agent.sandbox();
+        let asked = match timeout(SHUTDOWN, agent.shutdown(request)).await {
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => {
+                tracing::warn!(error = error.message(), "the guest can't be shut down in order");
+                false
+            }
+            Err(_) => {
+                tracing::warn!("the guest does not answer");
+                false
+            }
+        };
+        if !asked || timeout(SHUTDOWN, self.ended()).await.is_err() {
             self.kill();
             if timeout(GONE, self.ended()).await.is_err() {
                 tracing::error!(pid = self.pid, "the VMM survives SIGKILL");
@@ -320,8 +337,9 @@ async fn find_agent(
     loop {
         let mut watched = ended.clone();
         let end = async { watched.wait_for(Option::is_some).await.ok().and_then(|status| *status) };
+        let connect = tokio::time::timeout_at(deadline, Client::connect(UnixVsock::new(socket)));
         let attempt = tokio::select! {
-            attempt = Client::connect(UnixVsock::new(socket)) => attempt,
+            attempt = connect => attempt.unwrap_or_else(|_| Err(tonic::Status::deadline_exceeded("no answer").into())),
             status = end => {
                 let status = status.map_or_else(String::new, |status| status.to_string());
                 return Err(MachineError::Ended { status, said: console.tail().await });
@@ -329,7 +347,7 @@ async fn find_agent(
         };
         match attempt {
             Ok(agent) => return Ok(agent),
-            Err(source) if Instant::now() > deadline => {
+            Err(source) if Instant::now() >= deadline => {
                 return Err(MachineError::Silent { source, said: console.tail().await });
             }
             Err(_) => sleep(LOOK_AGAIN).await,

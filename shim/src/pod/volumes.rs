@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use caisson_protocol::client::{Client, call};
 use caisson_protocol::connect::UnixVsock;
@@ -24,6 +25,10 @@ use crate::share::{self, Memory, Owner, Special};
 
 /// The size of a volume of the kubelet's files: while they are swapped, old and new are there.
 const WRITTEN_SIZE: u64 = 8 << 20;
+/// How long the guest may take to bring a copy up to date.
+const SYNC: Duration = Duration::from_secs(60);
+/// What inotify(7) has in place of a watch's number once events were lost.
+const OVERFLOW: i32 = -1;
 
 /// What is in the place of a directory of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -238,6 +243,9 @@ impl Watched {
                 }
             }
             ready.clear_ready();
+            if numbers.contains(&OVERFLOW) {
+                return Ok(self.volumes().keys().copied().collect());
+            }
             if !numbers.is_empty() {
                 return Ok(numbers);
             }
@@ -253,8 +261,13 @@ impl Watched {
             _ => return,
         };
         let request = v1::SyncTreeRequest { storage_id: id, entries };
-        if let Err(status) = agent.storages().sync_tree(call(request)).await {
-            tracing::warn!(error = status.message(), volume = ?source, "the guest's copy is out of date");
+        let mut storages = agent.storages();
+        match tokio::time::timeout(SYNC, storages.sync_tree(call(request))).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => {
+                tracing::warn!(error = status.message(), volume = ?source, "the guest's copy is out of date");
+            }
+            Err(_) => tracing::warn!(volume = ?source, "the guest's copy is out of date: no answer"),
         }
     }
 }
