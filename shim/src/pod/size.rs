@@ -14,6 +14,8 @@ pub struct PodSize {
     demand: Demand,
     shape: Shape,
     size: Size,
+    /// Whether the machine has reached `size`. After a change that failed it may be on its way to another.
+    settled: bool,
 }
 
 impl PodSize {
@@ -23,7 +25,7 @@ impl PodSize {
     /// When the pod may not be that large.
     pub fn new(policy: Policy, demand: Demand) -> Result<PodSize, PodError> {
         let size = policy.size(&demand)?;
-        Ok(PodSize { policy, demand, shape: policy.shape(size), size })
+        Ok(PodSize { policy, demand, shape: policy.shape(size), size, settled: true })
     }
 
     /// What the machine is to be made with.
@@ -80,14 +82,16 @@ impl PodSize {
     }
 
     async fn become_of(&mut self, machine: &Machine, size: Size) -> Result<(), PodError> {
-        if size == self.size {
+        if self.settled && size == self.size {
             return Ok(());
         }
         let target = self.shape.target(size)?;
         if target.vcpus < size.vcpus {
             tracing::warn!(wanted = size.vcpus, gets = target.vcpus, "the machine was made for fewer vCPUs");
         }
+        self.settled = false;
         machine.resize(target).await?;
+        self.settled = true;
         tracing::info!(vcpus = target.vcpus, memory_mib = size.memory_mib, "resized");
         self.size = size;
         Ok(())
