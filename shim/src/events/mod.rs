@@ -157,13 +157,19 @@ impl Delivery {
         }
     }
 
-    /// Until it succeeds: giving up is for whoever waits for the end.
+    /// Until it succeeds, or is refused for what it is: giving up is for whoever waits for the end.
     async fn insist(&mut self, envelope: Envelope) {
         let (mut pause, most) = RETRY;
         let request =
             ForwardRequest { envelope: protobuf::MessageField::some(envelope), ..ForwardRequest::default() };
         let mut told = false;
         while let Err(error) = self.try_once(&request).await {
+            if let ttrpc::Error::RpcStatus(status) = &error
+                && status.code() == ttrpc::Code::INVALID_ARGUMENT
+            {
+                tracing::error!(%error, "an event that containerd refuses is lost");
+                return;
+            }
             // A connection that failed once is of no use.
             self.client = None;
             if !told {

@@ -115,10 +115,16 @@ impl PodSandboxConfig {
             network_namespace: (!network_namespace.is_empty()).then(|| PathBuf::from(network_namespace)),
             sysctls: linux.sysctls.into_iter().collect(),
             cgroups_path: cgroups_path(&linux.cgroup_parent, id),
-            annotations: self.annotations,
+            annotations: self.annotations.into_iter().filter(|(key, _)| !is_containerds(key)).collect(),
             limits,
         })
     }
+}
+
+/// Whether an annotation is one that containerd says things by in bundles. Here they are the pod author's: they must not
+/// pass for what containerd says.
+fn is_containerds(key: &str) -> bool {
+    key.starts_with("io.kubernetes.cri.")
 }
 
 impl Dns {
@@ -189,6 +195,15 @@ mod tests {
             sandbox.files.iter().find(|(name, _)| *name == super::super::spec::RESOLV_CONF).unwrap();
         let text = "search a.b c\noptions ndots:5\nnameserver 10.0.0.1\nnameserver 10.0.0.2\n";
         assert_eq!(String::from_utf8_lossy(resolv), text);
+    }
+
+    #[test]
+    fn nobody_speaks_for_containerd() {
+        let mut asked = config();
+        let annotations = ["io.kubernetes.cri.sandbox-memory", "example.com/kept"];
+        asked.annotations = annotations.map(|key| (key.to_owned(), "68719476736".to_owned())).into();
+        let sandbox = asked.sandbox("s", "").unwrap();
+        assert_eq!(sandbox.annotations.keys().collect::<Vec<_>>(), ["example.com/kept"]);
     }
 
     #[test]
