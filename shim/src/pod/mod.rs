@@ -313,13 +313,17 @@ impl Pod {
         sandbox.ok_or_else(|| PodError::State(format!("pod {} is not up", self.settings.id)))
     }
 
-    async fn bring_up(&self, wanted: SandboxSpec, rootfs: Vec<Mount>) -> Result<Arc<Sandbox>, PodError> {
+    async fn bring_up(
+        self: &Arc<Self>,
+        wanted: SandboxSpec,
+        rootfs: Vec<Mount>,
+    ) -> Result<Arc<Sandbox>, PodError> {
         let mut place = self.sandbox.lock().await;
         if place.is_some() {
             return Err(PodError::Exists(format!("pod {}", self.settings.id)));
         }
         let sandbox = Arc::new(Sandbox::create(&self.settings, wanted, rootfs).await?);
-        sandbox.report_memory_shortage(self.events.clone());
+        self.report_memory_shortage(&sandbox);
         *place = Some(sandbox.clone());
         Ok(sandbox)
     }
@@ -331,6 +335,23 @@ impl Pod {
         {
             tracing::error!(error = one_line(&error), "something of the pod is left");
         }
+    }
+
+    /// Has containerd told of containers that run out of memory, for as long as the machine lives.
+    fn report_memory_shortage(self: &Arc<Self>, sandbox: &Sandbox) {
+        let (pod, mut agent) = (Arc::downgrade(self), sandbox.machine().agent().agent());
+        tokio::spawn(async move {
+            let Ok(stream) = agent.events(v1::EventsRequest::default()).await else { return };
+            let mut stream = stream.into_inner();
+            while let Ok(Some(event)) = stream.message().await {
+                let Some(v1::event::Kind::Oom(oom)) = event.kind else { continue };
+                let Some(pod) = pod.upgrade() else { return };
+                // The guest's word is good for its own containers: containerd looks the id up among all of the node's.
+                if pod.container(&oom.container_id).is_ok_and(|container| !container.is_pause()) {
+                    pod.events.emit(Event::OutOfMemory { container: oom.container_id });
+                }
+            }
+        });
     }
 
     /// Waits for the end of a process in a task of its own.

@@ -17,10 +17,10 @@ use super::size::PodSize;
 use super::spec::SandboxSpec;
 use super::volumes::Volumes;
 use crate::config::Config;
-use crate::events::{Event, Events};
 use crate::journal::Journal;
 use crate::log::one_line;
 use crate::machine::{Machine, Plan, SHARE_TAG};
+use crate::oom_score;
 use crate::phases::Phases;
 use crate::share::{Mount, Share};
 use crate::sizing::{Change, Demand, Limits};
@@ -200,20 +200,6 @@ impl Sandbox {
             change(&share, &mut journal.lock().unwrap_or_else(PoisonError::into_inner))
         });
         changed.await?
-    }
-
-    /// Has containerd told of containers that run out of memory, for as long as the machine lives.
-    pub fn report_memory_shortage(&self, events: Events) {
-        let mut agent = self.machine.agent().agent();
-        tokio::spawn(async move {
-            let Ok(stream) = agent.events(v1::EventsRequest::default()).await else { return };
-            let mut stream = stream.into_inner();
-            while let Ok(Some(event)) = stream.message().await {
-                if let Some(v1::event::Kind::Oom(oom)) = event.kind {
-                    events.emit(Event::OutOfMemory { container: oom.container_id });
-                }
-            }
-        });
     }
 
     /// What all of the pod costs the host.
