@@ -19,6 +19,7 @@
 //! | [`network`] | the pod's network namespace, joined with the machine's cards |
 //! | [`streams`] | standard streams between containerd's fifos and the guest |
 //! | [`events`] | events on their way to containerd |
+//! | [`oom_score`] | how readily the kernel ends the machine when the node is short of memory |
 //! | [`phases`] | where the time of a start goes |
 //! | [`directory`] | the pod's directory, and who owns it |
 //! | [`journal`] | the record of all that was made for a pod, and its undoing |
@@ -38,6 +39,7 @@ pub mod journal;
 pub mod log;
 pub mod machine;
 pub mod network;
+pub mod oom_score;
 pub mod options;
 pub mod phases;
 pub mod pod;

@@ -3,13 +3,14 @@
 use std::{
     io::{Read, Write},
     net::TcpStream,
+    process::Command,
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
-    cri::{self, Cri, Mount, Pod},
+    cri::{self, ContainerConfig, Cri, LinuxContainerResources, Mount, Pod},
 };
 
 const HANDLER: &str = "caisson";
@@ -17,6 +18,21 @@ const HANDLER: &str = "caisson";
 async fn sleeper(cri: &mut Cri, pod: &Pod, name: &str) -> Result<String> {
     let config = cri::container_config(name, BUSYBOX_IMAGE, &["sleep", "1000"]);
     cri.run_container(pod, config).await
+}
+
+fn with_oom_score(name: &str, oom_score_adj: i64) -> ContainerConfig {
+    let mut config = cri::container_config(name, BUSYBOX_IMAGE, &["sleep", "1000"]);
+    config.linux.get_or_insert_default().resources =
+        Some(LinuxContainerResources { oom_score_adj, ..LinuxContainerResources::default() });
+    config
+}
+
+/// Those of the processes that the pod's memory is in.
+fn oom_scores() -> Result<Vec<String>> {
+    let found = Command::new("pgrep").args(["--exact", "caisson-vmm"]).output()?;
+    let scores = String::from_utf8(found.stdout)?;
+    let scores = scores.lines().map(|pid| std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")));
+    Ok(scores.map(|score| score.map(|score| score.trim().to_owned())).collect::<Result<_, _>>()?)
 }
 
 #[tokio::test]
@@ -27,8 +43,9 @@ async fn a_pod_runs_containers_on_a_kernel_of_its_own() -> Result<()> {
     let address = cri.pod_status(&pod).await?.network.map(|n| n.ip).unwrap_or_default();
     ensure!(address.starts_with("10.244.77."), "the pod's address is {address:?}");
 
-    let one = sleeper(&mut cri, &pod, "one").await.with_context(|| node.containerd_log())?;
-    let two = sleeper(&mut cri, &pod, "two").await?;
+    let one = cri.run_container(&pod, with_oom_score("one", 300)).await;
+    let one = one.with_context(|| node.containerd_log())?;
+    let two = cri.run_container(&pod, with_oom_score("two", 200)).await?;
     let kernel = cri.said(&one, "uname -r").await?;
     ensure!(kernel != std::fs::read_to_string("/proc/sys/kernel/osrelease")?, "{kernel}");
     ensure!(
@@ -46,6 +63,9 @@ async fn a_pod_runs_containers_on_a_kernel_of_its_own() -> Result<()> {
     // Containers of a pod share its network and its memory, and nothing else.
     cri.said(&one, "echo shared > /dev/shm/file; echo mine > /tmp/file").await?;
     ensure!(cri.said(&two, "cat /dev/shm/file; ls /tmp").await? == "shared\n");
+
+    // The machine is spared as much as the least of its containers, when the node is short of memory.
+    ensure!(oom_scores()? == ["200"; 2], "{:?}", oom_scores());
 
     let brief = cri::container_config("brief", BUSYBOX_IMAGE, &["sh", "-c", "exit 9"]);
     let brief = cri.run_container(&pod, brief).await?;

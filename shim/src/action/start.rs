@@ -16,6 +16,7 @@ use containerd_shim_protos::protobuf::Message;
 
 use super::{ActionError, SOCKETS, Subject, io_error};
 use crate::invocation::{Invocation, ReplyFormat, TASK_API_VERSION, socket_path};
+use crate::oom_score;
 use crate::options::HandlerConfig;
 
 /// The variable with containerd's ttrpc socket.
@@ -157,6 +158,8 @@ fn spawn(
     // Signals that end containerd's group are not for it.
     command.process_group(0);
     let child = command.spawn().map_err(io_error("start the shim"))?;
+    // Where that is refused, the shim is spared as containerd is.
+    let _ = oom_score::spare_less(child.id());
     // For people. Nothing depends on it.
     let _ = fs::write(subject.bundle.join("shim.pid"), child.id().to_string());
     Ok(())

@@ -143,6 +143,7 @@ impl Container {
     async fn make(&self, new: NewContainer, id: Id, spec: Spec, member: bool) -> Result<(), PodError> {
         let mut phases = Phases::begin();
         let limits = spec::limits(&spec.config).apply(Limits::default());
+        let oom_score = spec.config.pointer("/process/oomScoreAdj").and_then(Value::as_i64);
         let name = spec.name().unwrap_or(&new.id);
         let add = |demand: &mut Demand| demand.add(name, &new.id, limits);
         self.sandbox.size().await.grow(self.sandbox.machine(), add).await?;
@@ -183,6 +184,9 @@ impl Container {
         phases.done("guest");
         self.attach(&self.init, made.streams).await?;
         phases.done("streams");
+        if let Some(oom_score) = oom_score.and_then(|value| i32::try_from(value).ok()) {
+            self.sandbox.spare_as_much_as(oom_score);
+        }
         tracing::info!(container = self.id, %phases, "created");
         Ok(())
     }

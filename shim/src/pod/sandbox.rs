@@ -52,6 +52,8 @@ pub struct Sandbox {
     storages: String,
     raw_disks: RawDisks,
     volumes: Volumes,
+    /// The least of its containers', so far.
+    oom_score: Mutex<Option<i32>>,
     /// Leads connections to the pod's loopback into the guest.
     forwarding: Option<JoinHandle<()>>,
 }
@@ -79,6 +81,9 @@ impl Sandbox {
         let Made { share, ids, network, mut journal, mut phases } = made;
         let (mut cards, mut description, mut loopback) = (Vec::new(), None, None);
         if let Some(attached) = network {
+            for what in &attached.description.left_out {
+                tracing::info!(what, "of the pod's network the guest goes without this");
+            }
             (cards, description, loopback) = (attached.cards, Some(attached.description), attached.loopback);
         }
         let started = async {
@@ -122,6 +127,7 @@ impl Sandbox {
                 names,
                 raw_disks: RawDisks::default(),
                 volumes: Volumes::default(),
+                oom_score: Mutex::new(None),
             }),
             Err(error) => {
                 if let Err(left) = undo(host).await {
@@ -170,6 +176,18 @@ impl Sandbox {
     /// A client for containers.
     pub fn containers(&self) -> ContainersClient<Channel> {
         self.machine.agent().containers().max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Has the kernel spare the machine as much as a container of the pod, or more for another's sake.
+    pub fn spare_as_much_as(&self, oom_score: i32) {
+        let mut least = self.oom_score.lock().unwrap_or_else(PoisonError::into_inner);
+        if least.is_some_and(|least| least <= oom_score) {
+            return;
+        }
+        match oom_score::set_with_children(self.machine.pid(), oom_score) {
+            Ok(()) => *least = Some(oom_score),
+            Err(error) => tracing::warn!(%error, oom_score, "set the machine's oom_score_adj"),
+        }
     }
 
     /// Where something in the share is in the guest.
