@@ -1,5 +1,7 @@
 //! Our runtime through `ctr`: a plain container is a pod of one, in a machine of its own.
 
+use std::process::Command;
+
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{containerd::BUSYBOX_IMAGE, ctr::Ctr, leaks::Holdings, node::Node};
 
@@ -80,6 +82,21 @@ impl<'a> Background<'a> {
 }
 
 #[test]
+fn a_machine_that_stands_still_can_be_killed() -> Result<()> {
+    let node = Node::ready()?;
+    let ctr = Ctr::new(&node);
+    let before = Holdings::now()?;
+    let container = Background::start(&ctr, "shim-still", &[], &["sleep", "1000"])
+        .with_context(|| node.containerd_log())?;
+    let stopped = Command::new("pkill").args(["-STOP", "--exact", "caisson-vmm"]).status()?;
+    ensure!(stopped.success(), "pkill: {stopped}");
+    ctr.run(&["task", "kill", "--signal", "KILL", "shim-still"])?;
+    container.wait_for("STOPPED")?;
+    container.remove()?;
+    before.assert_nothing_added()
+}
+
+#[test]
 fn a_running_container_is_asked_paused_measured_and_killed() -> Result<()> {
     let node = Node::ready()?;
     let ctr = Ctr::new(&node);
@@ -91,6 +108,11 @@ fn a_running_container_is_asked_paused_measured_and_killed() -> Result<()> {
     ensure!(said.code == 4 && said.stdout.starts_with("blue\n"), "{said:?}");
     let refused = container.exec("two", "exec /nonexistent")?;
     ensure!(refused.code != 0, "{refused:?}");
+    ctr.run(&["task", "exec", "--detach", "--exec-id", "three", "shim-asked", "sleep", "1000"])?;
+    ctr.run(&["task", "kill", "--all", "--exec-id", "three", "--signal", "KILL", "shim-asked"])?;
+    let left = container
+        .exec("four", "while pgrep sleep | grep -q . && [ $((n += 1)) -lt 50 ]; do :; done; echo up")?;
+    ensure!(left.stdout == "up\n", "to kill an exec is not to kill its container: {left:?}");
     ctr.run(&["task", "pause", "shim-asked"])?;
     container.wait_for("PAUSED")?;
     ctr.run(&["task", "resume", "shim-asked"])?;

@@ -30,6 +30,12 @@ use crate::streams::{Stdio, Streams};
 
 /// How long the agent may take to make or remove a container.
 const LONG: Duration = Duration::from_secs(120);
+/// How long it may take to send a signal.
+const SIGNAL: Duration = Duration::from_secs(10);
+/// How long a container may take to end, with its output, once it was killed. CRI clients wait for two minutes.
+const KILLED: Duration = Duration::from_secs(60);
+/// The signal that nobody can refuse.
+const SIGKILL: u32 = 9;
 
 /// What a container is made from.
 #[derive(Clone, Debug, Default)]
@@ -381,7 +387,7 @@ impl Container {
         Exit::killed()
     }
 
-    /// Signals a process, or all.
+    /// Signals a process, or all. A guest that does not end a container which is killed is ended itself.
     ///
     /// # Errors
     /// When it has ended, and the agent's own.
@@ -392,10 +398,40 @@ impl Container {
             tokio::spawn(async move { sandbox.machine().stop().await });
             return Ok(());
         }
+        let own = exec.is_empty();
+        // containerd's clients ask for all with every kill, one of an added process included, which stands for itself.
+        let all = all && own;
         let request =
             v1::SignalRequest { container_id: self.id.clone(), exec_id: exec.to_owned(), signal, all };
-        self.answer(self.sandbox.containers().signal(call(request))).await?;
-        Ok(())
+        let kills = own && signal == SIGKILL;
+        if kills {
+            self.see_to_the_end();
+        }
+        match self.answer(self.sandbox.containers().signal(with_deadline(request, SIGNAL))).await {
+            Err(error) if kills && error.code() == Code::DeadlineExceeded => {
+                tracing::error!(
+                    container = self.id,
+                    "the guest does not kill its container: ending the machine"
+                );
+                self.sandbox.machine().kill();
+                Ok(())
+            }
+            result => result.map(drop),
+        }
+    }
+
+    /// Ends the machine if the container, which is being killed, does not end.
+    fn see_to_the_end(&self) {
+        let (init, sandbox) = (self.init.clone(), self.sandbox.clone());
+        tokio::spawn(async move {
+            if tokio::time::timeout(KILLED, init.wait()).await.is_err() {
+                tracing::error!(
+                    container = init.container,
+                    "was killed and has not ended: ending the machine"
+                );
+                sandbox.machine().kill();
+            }
+        });
     }
 
     /// Stops its processes from running, or lets them go on.
@@ -542,19 +578,21 @@ impl Container {
 
     /// Forgets a process that has ended or was never started.
     pub async fn remove_exec(&self, exec: &str) {
-        let removed = self.execs().remove(exec);
-        if removed.is_some_and(|exec| exec.process.status() != Status::Created) {
-            let request = v1::DeleteExecRequest { container_id: self.id.clone(), exec_id: exec.to_owned() };
-            // The container may be gone by now, or the machine.
-            let _ = self.sandbox.containers().delete_exec(call(request)).await;
+        let Some(removed) = self.execs().remove(exec) else { return };
+        if removed.process.abandon() {
+            return;
         }
+        let request = v1::DeleteExecRequest { container_id: self.id.clone(), exec_id: exec.to_owned() };
+        // The container may be gone by now, or the machine.
+        let _ = self.answer(self.sandbox.containers().delete_exec(call(request))).await;
     }
 
     async fn kill_exec(&self, exec: &str) {
         let container_id = self.id.clone();
-        let request = v1::SignalRequest { container_id, exec_id: exec.to_owned(), signal: 9, all: false };
+        let request =
+            v1::SignalRequest { container_id, exec_id: exec.to_owned(), signal: SIGKILL, all: false };
         // It may have ended by itself.
-        let _ = self.sandbox.containers().signal(call(request)).await;
+        let _ = self.answer(self.sandbox.containers().signal(call(request))).await;
     }
 
     fn runs_something(&self) -> Result<(), PodError> {

@@ -157,7 +157,13 @@ impl Pod {
         if process.status() != Status::Created {
             return Err(PodError::State(format!("{id} {exec}: was started already")));
         }
-        container.start(&process).await?;
+        if let Err(error) = container.start(&process).await {
+            if !exec.is_empty() {
+                // Its waiters have nothing to wait for. A container's own process ends with the container.
+                process.abandon();
+            }
+            return Err(error);
+        }
         process.started(&held);
         let (container_id, exec_id) = (id.to_owned(), exec.to_owned());
         self.events.emit(if exec.is_empty() {
@@ -197,8 +203,9 @@ impl Pod {
             if process.status() == Status::Running {
                 return Err(PodError::State(format!("{id}: is running")));
             }
+            // Nobody is told of an end without a beginning.
+            process.abandon();
             container.remove().await?;
-            // One that never ran has ended now; nobody is told of an end without a beginning.
             let exit = process.exit().unwrap_or_else(Exit::killed);
             self.lock().remove(id);
             self.deleted(&process, pid, exit);
@@ -208,13 +215,11 @@ impl Pod {
             self.leave_if_dismissed();
             return Ok((pid, exit));
         }
-        let exit = match process.status() {
-            Status::Running => return Err(PodError::State(format!("{id} {exec}: is running"))),
-            Status::Created => Exit::killed(),
-            Status::Stopped(exit) => exit,
-        };
+        if process.status() == Status::Running {
+            return Err(PodError::State(format!("{id} {exec}: is running")));
+        }
         container.remove_exec(exec).await;
-        Ok((pid, exit))
+        Ok((pid, process.exit().unwrap_or_else(Exit::killed)))
     }
 
     fn deleted(&self, process: &Process, pid: u32, exit: Exit) {
@@ -235,8 +240,12 @@ impl Pod {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         let finished = || PodError::NotFound(format!("{id} {exec}: process already finished"));
-        if process.exit().is_some() {
-            return Err(finished());
+        match process.status() {
+            Status::Stopped(_) => return Err(finished()),
+            Status::Created if !exec.is_empty() => {
+                return Err(PodError::State(format!("{id} {exec}: process not created")));
+            }
+            Status::Created | Status::Running => {}
         }
         match container.signal(exec, signal, all).await {
             // That was the end of it, too.

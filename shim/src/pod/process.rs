@@ -120,6 +120,18 @@ impl Process {
         });
     }
 
+    /// It will never run: who waits for its end learns that there is none to wait for, and nobody else is told. Returns
+    /// whether it was waiting to be started until now.
+    pub fn abandon(&self) -> bool {
+        self.status.send_if_modified(|status| {
+            let changes = *status == Status::Created;
+            if changes {
+                *status = Status::Stopped(Exit::killed());
+            }
+            changes
+        })
+    }
+
     /// It has ended: once its output has gone where it belongs, this is told. Only the first end counts.
     pub async fn end(&self, exit: Exit, pid: u32, events: &Events) {
         let streams = self.streams.lock().await.take();
@@ -169,6 +181,22 @@ mod tests {
         let held = process.starting().await;
         process.started(&held);
         assert_eq!(process.exit(), Some(exit), "what has ended does not start");
+    }
+
+    #[tokio::test]
+    async fn one_that_will_never_run_keeps_nobody_waiting() {
+        let process = Arc::new(Process::new("c", "e", Stdio::default()));
+        let waiting = tokio::spawn({
+            let process = process.clone();
+            async move { process.wait().await }
+        });
+        assert!(process.abandon());
+        assert_eq!(waiting.await.unwrap(), process.exit().unwrap());
+        assert!(!process.abandon());
+        let process = Process::new("c", "e", Stdio::default());
+        process.started(&process.starting().await);
+        assert!(!process.abandon());
+        assert_eq!(process.status(), Status::Running);
     }
 
     #[tokio::test]
