@@ -20,6 +20,7 @@ use thiserror::Error;
 use crate::guest::GuestError;
 use crate::guest::devices;
 use crate::state::lock;
+use part::Missing;
 
 /// Why a storage can not be had, or not be taken away.
 #[derive(Debug, Error)]
@@ -93,6 +94,10 @@ impl Mounted {
     fn is_tmpfs(&self) -> bool {
         matches!(self.storage.source, Some(Source::Tmpfs(_)))
     }
+
+    fn is_share(&self) -> bool {
+        matches!(self.storage.source, Some(Source::VirtioFs(_)))
+    }
 }
 
 /// Removes a mount point that nothing is mounted on.
@@ -135,9 +140,11 @@ impl Storages {
         let (path, is_mount) = match (source, device::unmounted(source)?) {
             (_, Some(node)) => (node, false),
             (Source::Part(part), _) => {
-                let whole = mounted.get(&part.storage_id).filter(|whole| whole.is_tmpfs());
+                let whole =
+                    mounted.get(&part.storage_id).filter(|whole| whole.is_tmpfs() || whole.is_share());
                 let whole = whole.ok_or_else(|| StorageError::NotFound(part.storage_id.clone()))?;
-                (part::mount(&whole.path, &self.directory, storage, part)?, true)
+                let missing = if whole.is_tmpfs() { Missing::Made } else { Missing::Refused };
+                (part::mount(&whole.path, missing, &self.directory, storage, part)?, true)
             }
             _ => (self.mount_at(storage, source)?, true),
         };

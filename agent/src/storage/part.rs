@@ -21,9 +21,19 @@ use super::{StorageError, remove_point};
 /// Names in a path.
 const MAX_DEPTH: usize = 64;
 
+/// What comes of a directory that is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// It is made.
+    Made,
+    /// The part can't be had.
+    Refused,
+}
+
 /// Mounts what is at the part's path below `whole` on its own directory or file, which is `directory`/id.
 pub(super) fn mount(
     whole: &Path,
+    missing: Missing,
     directory: &Path,
     storage: &Storage,
     part: &Part,
@@ -32,7 +42,7 @@ pub(super) fn mount(
     if storage.read_only || !storage.options.is_empty() {
         return Err(StorageError::invalid("options", &storage.id));
     }
-    let found = find(whole, part).map_err(StorageError::io("find the part", &storage.id))?;
+    let found = find(whole, part, missing).map_err(StorageError::io("find the part", &storage.id))?;
     let target = directory.join(&storage.id);
     let make = || {
         let found = format!("/proc/self/fd/{}", found.as_raw_fd());
@@ -53,10 +63,11 @@ pub(super) fn mount(
 }
 
 fn check(part: &Part) -> Result<(), StorageError> {
-    let path = Path::new(&part.path);
-    let plain = path.components().all(|name| matches!(name, Component::Normal(_)));
-    if !plain || part.path.is_empty() || part.path.contains('\0') || path.components().count() > MAX_DEPTH {
+    if part.path.is_empty() || !is_plain(&part.path) {
         return Err(StorageError::invalid("path", &part.path));
+    }
+    if !is_plain(&part.root) {
+        return Err(StorageError::invalid("root", &part.root));
     }
     if part.mode > 0o7777 {
         return Err(StorageError::invalid("mode", format!("{:o}", part.mode)));
@@ -64,9 +75,27 @@ fn check(part: &Part) -> Result<(), StorageError> {
     Ok(())
 }
 
-fn find(whole: &Path, part: &Part) -> io::Result<OwnedFd> {
+/// Whether a relative path is of names alone, and not too many.
+fn is_plain(path: &str) -> bool {
+    let names = Path::new(path).components();
+    !path.contains('\0')
+        && names.clone().count() <= MAX_DEPTH
+        && names.into_iter().all(|name| matches!(name, Component::Normal(_)))
+}
+
+/// The directory that no link leads out of.
+fn root(whole: &Path, part: &Part) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-    let root = nix::fcntl::open(whole, flags, Mode::empty())?;
+    let whole = nix::fcntl::open(whole, flags, Mode::empty())?;
+    if part.root.is_empty() {
+        return Ok(whole);
+    }
+    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    Ok(openat2(&whole, part.root.as_str(), OpenHow::new().flags(flags).resolve(resolve))?)
+}
+
+fn find(whole: &Path, part: &Part, missing: Missing) -> io::Result<OwnedFd> {
+    let root = root(whole, part)?;
     let mut at = PathBuf::new();
     let mut parent = root.try_clone()?;
     for name in Path::new(&part.path) {
@@ -74,7 +103,7 @@ fn find(whole: &Path, part: &Part) -> io::Result<OwnedFd> {
         let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
         let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
         parent = match openat2(&root, &at, how) {
-            Err(Errno::ENOENT) => make(parent.as_fd(), name, part)?,
+            Err(Errno::ENOENT) if missing == Missing::Made => make(parent.as_fd(), name, part)?,
             found => found?,
         };
     }
@@ -98,7 +127,11 @@ mod tests {
 
     fn part(path: &str) -> Part {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        Part { storage_id: "whole".into(), path: path.into(), mode: 0o770, uid, gid }
+        Part { storage_id: "whole".into(), path: path.into(), mode: 0o770, uid, gid, root: String::new() }
+    }
+
+    fn find(whole: &Path, part: &Part) -> io::Result<OwnedFd> {
+        super::find(whole, part, Missing::Made)
     }
 
     fn inode(found: &OwnedFd) -> u64 {
@@ -134,9 +167,28 @@ mod tests {
     }
 
     #[test]
+    fn links_lead_no_further_than_a_root_below() {
+        let whole = tempfile::tempdir().unwrap();
+        fs::create_dir_all(whole.path().join("volumes/0/sub")).unwrap();
+        fs::create_dir(whole.path().join("other")).unwrap();
+        symlink("../../other", whole.path().join("volumes/0/out")).unwrap();
+        symlink("volumes", whole.path().join("link")).unwrap();
+        let below = |root: &str, path: &str| {
+            super::find(whole.path(), &Part { root: root.into(), ..part(path) }, Missing::Refused)
+        };
+        let sub = fs::metadata(whole.path().join("volumes/0/sub")).unwrap();
+        assert_eq!(inode(&below("volumes/0", "sub").unwrap()), sub.ino());
+        assert!(below("volumes/0", "out").is_err(), "its target is looked for in the volume");
+        assert!(below("volumes/0", "new").is_err() && !whole.path().join("volumes/0/new").exists());
+        assert!(below("link/0", "sub").is_err() && below("volumes/1", "sub").is_err());
+    }
+
+    #[test]
     fn improper_paths_are_refused() {
         for bad in ["", "/etc", "..", "a/../b", "./a", "a\0b", &"a/".repeat(MAX_DEPTH + 1)] {
             assert!(check(&part(bad)).is_err(), "{bad:?}");
+            let refused = bad.is_empty() || check(&Part { root: bad.into(), ..part("a") }).is_err();
+            assert!(refused, "{bad:?} as a root");
         }
         assert!(check(&Part { mode: 0o10000, ..part("a") }).is_err());
     }

@@ -162,20 +162,28 @@ impl Container {
         let mut guest = spec::container(spec.config, &place)?;
         let root_disk = self.plug_root(&rootfs).await?;
         self.plug_devices(&mut guest).await?;
-        let StandIns { shared: binds, parts } = self.stand_ins(&id, &mut guest).await?;
+        let StandIns { shared: binds, mut parts } = self.stand_ins(&id, &mut guest).await?;
         let shared_root = root_disk.is_none().then_some(rootfs);
+        let share_id = id.clone();
         let add = move |share: &Share, journal: &mut Journal| {
             if let Some(rootfs) = shared_root {
-                share.add_rootfs(journal, &id, &rootfs)?;
+                share.add_rootfs(journal, &share_id, &rootfs)?;
             }
             let mut placed = Vec::new();
             for bind in &binds {
-                placed.push((bind.index, share.add_volume(journal, &id, &bind.volume)?.path));
+                placed.push((bind.index, share.add_volume(journal, &share_id, &bind.volume)?));
             }
             Ok(placed)
         };
-        for (index, path) in self.sandbox.with_share(add).await? {
-            guest.set_source(index, &self.sandbox.guest_path(&path.to_string_lossy()));
+        for (index, placed) in self.sandbox.with_share(add).await? {
+            let path = placed.path.to_string_lossy();
+            match placed.part {
+                None => guest.set_source(index, &self.sandbox.guest_path(&path)),
+                Some(part) => {
+                    let part = self.sandbox.shared_part(&path, part);
+                    parts.push(self.part_storage(&id, &mut guest, index, part));
+                }
+            }
         }
         phases.done("share");
         let request = v1::CreateContainerRequest {
@@ -228,18 +236,23 @@ impl Container {
                 Some(StandIn::Directory(path)) => guest.set_source(bind.index, &path),
                 Some(StandIn::HugePages(size)) => guest.set_huge_pages(bind.index, size),
                 Some(StandIn::Part(part)) => {
-                    let storage = v1::Storage {
-                        id: format!("part-{}-{id}", bind.index),
-                        source: Some(v1::storage::Source::Part(part)),
-                        ..v1::Storage::default()
-                    };
-                    guest.set_source(bind.index, &self.sandbox.guest_storage(&storage.id));
-                    found.parts.push(storage);
+                    found.parts.push(self.part_storage(id, guest, bind.index, part));
                 }
                 None => found.shared.push(bind),
             }
         }
         Ok(found)
+    }
+
+    /// A storage of a part of what the guest has, from which a mount comes.
+    fn part_storage(&self, id: &Id, guest: &mut GuestSpec, index: usize, part: v1::Part) -> v1::Storage {
+        let storage = v1::Storage {
+            id: format!("part-{index}-{id}"),
+            source: Some(v1::storage::Source::Part(part)),
+            ..v1::Storage::default()
+        };
+        guest.set_source(index, &self.sandbox.guest_storage(&storage.id));
+        storage
     }
 
     async fn attach(&self, process: &Process, ids: Option<v1::StreamIds>) -> Result<(), PodError> {

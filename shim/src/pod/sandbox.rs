@@ -200,6 +200,11 @@ impl Sandbox {
         format!("{}/{id}", self.storages)
     }
 
+    /// A part of a directory in the share, from which no link leads.
+    pub fn shared_part(&self, directory: &str, path: String) -> v1::Part {
+        v1::Part { storage_id: SHARE.into(), root: directory.to_owned(), path, ..v1::Part::default() }
+    }
+
     /// Where the pod's shared memory is in the guest.
     pub fn guest_shm(&self) -> String {
         self.guest_storage(SHM)

@@ -85,7 +85,8 @@ impl Volumes {
                 let path = path.into_os_string().into_string();
                 let path = path.map_err(|path| PodError::Invalid(format!("subPath {path:?}: not UTF-8")))?;
                 let Owner { mode, uid, gid } = owner;
-                Some(StandIn::Part(v1::Part { storage_id: known.id, path, mode, uid, gid }))
+                let part = v1::Part { storage_id: known.id, path, mode, uid, gid, ..v1::Part::default() };
+                Some(StandIn::Part(part))
             }
             Some(Special::Written(root)) => {
                 state.copy(machine, source, root).await?.map(|known| StandIn::Directory(known.path))

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, fstat, open, openat2, statx};
 
 use super::{ShareError, at};
 
@@ -19,6 +19,10 @@ const TMPFS: i64 = 0x0102_1994;
 const HUGETLBFS: i64 = 0x9584_58f6;
 /// The directory of a pod's `emptyDir` volumes.
 const EMPTY: &str = "kubernetes.io~empty-dir";
+/// The directory of a pod's volumes.
+const VOLUMES: &str = "volumes";
+/// The directory of mounts of parts of them: `<volume>/<container>/<number>`.
+const PARTS: &str = "volume-subpaths";
 /// Those of volumes that the kubelet writes anew when they change.
 const WRITTEN: [&str; 4] = [
     "kubernetes.io~secret",
@@ -27,7 +31,7 @@ const WRITTEN: [&str; 4] = [
     "kubernetes.io~downward-api",
 ];
 /// All mounts in sight.
-const MOUNTS: &str = "/proc/self/mountinfo";
+const MOUNTS: &str = "/proc/thread-self/mountinfo";
 /// In such a volume, the link that the kubelet swaps for another when it has written all.
 pub(super) const DATA: &str = "..data";
 
@@ -82,6 +86,37 @@ impl Owner {
 /// Whether it is a pod's `emptyDir` volume.
 pub(super) fn is_empty_dir(source: &Path) -> bool {
     source.parent().and_then(Path::file_name).is_some_and(|kind| kind == EMPTY)
+}
+
+/// A part of a pod's `emptyDir` volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// Where the whole is on this host.
+    pub(super) volume: PathBuf,
+    /// The path in it, of plain names.
+    pub(super) path: String,
+}
+
+/// What `source` is a part of: the kubelet mounts a `subPath` of a volume aside. None when that is no `emptyDir`, or when
+/// one does not come to the same file by way of the volume.
+pub(super) fn part_of_empty_dir(source: &Path) -> Option<Part> {
+    let aside = source.ancestors().nth(2)?;
+    let parts = aside.parent().filter(|parts| parts.file_name().is_some_and(|name| name == PARTS))?;
+    let volume = parts.with_file_name(VOLUMES).join(EMPTY).join(aside.file_name()?);
+    let table = fs::read(MOUNTS).ok()?;
+    let (device, within) = place(&table, &volume)?;
+    let (parts_device, part) = place(&table, source)?;
+    let path = part.strip_prefix(within).ok().filter(|_| device == parts_device)?.to_str()?.to_owned();
+    let (found, whole) = (fs::metadata(source).ok()?, open(&volume, OFlags::PATH, Mode::empty()).ok()?);
+    let plain = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    let reached = fstat(openat2(whole, &path, OFlags::PATH, Mode::empty(), plain).ok()?).ok()?;
+    ((reached.st_dev, reached.st_ino) == (found.dev(), found.ino())).then_some(Part { volume, path })
+}
+
+/// A file system's device, and where a path leads to in it.
+fn place(table: &[u8], path: &Path) -> Option<(Vec<u8>, PathBuf)> {
+    let mount = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok()?.stx_mnt_id;
+    within(table, mount, &fs::canonicalize(path).ok()?)
 }
 
 /// What the kubelet means by `source`; none when it is to be shared.
@@ -165,14 +200,24 @@ fn unescape(field: &[u8]) -> PathBuf {
 /// The `emptyDir` volume that a directory belongs to, and its path in there. `mount` is the mount that the directory is
 /// on; the volume is where the whole of the same file system is mounted.
 fn locate(table: &[u8], mount: u64, directory: &Path) -> Option<(PathBuf, PathBuf)> {
-    let lines: Vec<_> = table.split(|byte| *byte == b'\n').filter_map(MountLine::parse).collect();
-    let own = lines.iter().find(|line| line.id == mount)?;
-    let inside = own.root.join(directory.strip_prefix(&own.point).ok()?);
-    let is_volume = |line: &&MountLine| {
-        line.device == own.device && line.root == Path::new("/") && is_empty_dir(&line.point)
-    };
-    let volume = lines.iter().find(is_volume)?;
-    Some((volume.point.clone(), inside.strip_prefix("/").ok()?.to_owned()))
+    let (device, inside) = within(table, mount, directory)?;
+    let is_volume =
+        |line: &MountLine| line.device == device && line.root == Path::new("/") && is_empty_dir(&line.point);
+    let volume = lines(table).find(is_volume)?;
+    Some((volume.point, inside.strip_prefix("/").ok()?.to_owned()))
+}
+
+/// The device of the file system that a mount is of, and the path in there of a directory or file on the mount.
+fn within(table: &[u8], mount: u64, path: &Path) -> Option<(Vec<u8>, PathBuf)> {
+    let own = lines(table).find(|line| line.id == mount)?;
+    let below = path.strip_prefix(&own.point).ok()?;
+    // The mount of a file alone has nothing below.
+    let inside = if below.as_os_str().is_empty() { own.root } else { own.root.join(below) };
+    Some((own.device, inside))
+}
+
+fn lines(table: &[u8]) -> impl Iterator<Item = MountLine> {
+    table.split(|byte| *byte == b'\n').filter_map(MountLine::parse)
 }
 
 #[cfg(test)]

@@ -99,6 +99,9 @@ pub struct Volume {
 pub struct Placed {
     /// Where it is, relative to the share's root, both on the host and in the guest.
     pub path: PathBuf,
+    /// A path below, of plain names, when what was asked for is a part of what was added. What is there when it is used
+    /// counts, and the guest may have put a link there that leads elsewhere.
+    pub part: Option<String>,
     /// Whether owners are shown as the share has them. False for a volume on a file system (or with one mounted below
     /// it) that cannot do it.
     pub mapped: bool,
@@ -254,11 +257,11 @@ impl Share {
                 attach_within(&tree, &root, Path::new(&mount.target))?;
             }
         }
-        Ok(Placed { path, mapped: self.mapping.is_some() })
+        Ok(Placed { path, part: None, mapped: self.mapping.is_some() })
     }
 
     /// Shares a directory or file of the host, as a mount of a container's specification wants it. A volume that
-    /// another container has already is not shared once more.
+    /// another container has already is not shared once more, and a part of the pod's own is had by way of the whole.
     ///
     /// # Errors
     /// When there is no such file, when it is a device, and for options that no machine can honour;
@@ -269,19 +272,37 @@ impl Share {
         container: &Id,
         volume: &Volume,
     ) -> Result<Placed, ShareError> {
-        let mut options = Options::parse(volume.options.iter().map(String::as_str))?;
-        let found = fs::metadata(&volume.source).map_err(at("look at", &volume.source))?;
+        let options = Options::parse(volume.options.iter().map(String::as_str))?;
+        // What is mounted below the whole is no business of one who has to have everything read-only.
+        let part = kubelet::part_of_empty_dir(&volume.source).filter(|_| !options.recursive_read_only);
+        match part {
+            None => self.add_whole(journal, container, &volume.source, options),
+            Some(part) => {
+                let placed = self.add_whole(journal, container, &part.volume, options)?;
+                Ok(Placed { part: Some(part.path), ..placed })
+            }
+        }
+    }
+
+    fn add_whole(
+        &self,
+        journal: &mut Journal,
+        container: &Id,
+        path: &Path,
+        mut options: Options,
+    ) -> Result<Placed, ShareError> {
+        let found = fs::metadata(path).map_err(at("look at", path))?;
         if found.file_type().is_block_device() || found.file_type().is_char_device() {
-            return Err(ShareError::Device(volume.source.clone()));
+            return Err(ShareError::Device(path.to_owned()));
         }
         // Nobody but the pod writes to its empty directories, so there is nothing on the host to be kept from it.
-        let pods_own = kubelet::is_empty_dir(&volume.source) && !options.recursive_read_only;
+        let pods_own = kubelet::is_empty_dir(path) && !options.recursive_read_only;
         options.read_only &= !pods_own;
         let (source, writable) = (Source::new(&found, &options), !options.read_only);
         if let Some(placed) = self.volumes().find(&source, writable, container) {
             return Ok(placed);
         }
-        let tree = mount::clone(&volume.source, &options)?;
+        let tree = mount::clone(path, &options)?;
         let mapped = self.map(&tree, options.recursive);
         let directory = self.writable.join(volumes::DIRECTORY);
         if !directory.exists() {

@@ -123,7 +123,7 @@ fn a_guest_owns_its_root_file_system_and_the_disk_does_not_show_it() {
     assert!(mappable(std::slice::from_ref(&image), RANGE, &host.directory("scaffold")).unwrap());
     let share = host.share(Owners::Mapped(RANGE));
     let placed = share.add_rootfs(&mut host.journal, &id("c1"), &[image]).unwrap();
-    assert_eq!(placed, Placed { path: "c1/rootfs".into(), mapped: true });
+    assert_eq!(placed, Placed { path: "c1/rootfs".into(), part: None, mapped: true });
     let root = share.path().join(&placed.path);
     assert_eq!(fs::read_to_string(root.join("etc/passwd")).unwrap(), "above");
     assert_eq!(fs::read_to_string(root.join("etc/group")).unwrap(), "lower");
@@ -220,7 +220,7 @@ fn volumes_are_directories_and_files_with_their_options() {
     let journal = &mut host.journal;
     let mut add = |index, source: &Path, options: &[&str]| {
         let placed = share.add_volume(journal, &id("c1"), &volume(source, options)).unwrap();
-        assert_eq!(placed, Placed { path: format!("_volumes/{index}").into(), mapped: true });
+        assert_eq!(placed, Placed { path: format!("_volumes/{index}").into(), part: None, mapped: true });
         share.path().join(placed.path)
     };
     let read_only = add(0, &directory, &["rbind", "ro"]);
@@ -271,6 +271,48 @@ fn containers_that_have_the_same_volume_share_one() {
     let placed = share.add_volume(journal, &id("c1"), &volume(&directory, &["rbind"])).unwrap();
     assert_eq!(fs::read_to_string(share.path().join(placed.path).join("file")).unwrap(), "one");
     unmount(&elsewhere, rustix::mount::UnmountFlags::DETACH).unwrap();
+    host.undo();
+}
+
+#[test]
+fn a_part_of_the_pods_own_volume_is_had_by_way_of_the_whole() {
+    let mut host = Host::new();
+    let file = host.file("volumes/kubernetes.io~empty-dir/own/one/two/file", "");
+    let (two, own) = (file.parent().unwrap(), host.path("volumes/kubernetes.io~empty-dir/own"));
+    let elsewhere = host.file("volumes/kubernetes.io~local-volume/own/file", "").parent().unwrap().to_owned();
+    let aside = |volume: &str, number: &str, part: &Path| {
+        let point = host.path(&format!("volume-subpaths/{volume}/c1/{number}"));
+        fs::create_dir_all(point.parent().unwrap()).unwrap();
+        let _ = if part.is_dir() { fs::create_dir(&point) } else { fs::write(&point, "") };
+        mount_bind_recursive(part, &point).unwrap();
+        point
+    };
+    let parts = [("0", two), ("1", &file), ("2", elsewhere.as_path())];
+    let [directory, single, other] = parts.map(|(number, part)| aside("own", number, part));
+    let share = host.share(Owners::Host);
+    let journal = &mut host.journal;
+    let mut add = |container: &str, source: &Path, option: &str| {
+        let placed = share.add_volume(journal, &id(container), &volume(source, &["rbind", option])).unwrap();
+        (placed.path.file_name().unwrap().to_str().unwrap().parse::<usize>().unwrap(), placed.part)
+    };
+    let part = |path: &str| Some(path.to_owned());
+    // Whoever comes first, and whether it may write or not.
+    assert_eq!(add("c1", &directory, "ro"), (0, part("one/two")));
+    assert_eq!(add("c2", &own, "rw"), (0, None));
+    assert_eq!(add("c2", &single, "rw"), (0, part("one/two/file")));
+    assert_eq!(add("c1", &other, "rw"), (1, None));
+    assert_eq!(add("c1", &directory, "rro"), (2, None));
+    // What is not to be found there any more.
+    fs::rename(two, two.with_file_name("three")).unwrap();
+    assert_eq!(add("c2", &directory, "rw"), (0, part("one/three")));
+    fs::rename(own.join("one/three"), elsewhere.join("three")).unwrap();
+    assert_eq!(add("c3", &directory, "rw").1, None);
+
+    share.remove(journal, &id("c1")).unwrap();
+    assert!(share.path().join("_volumes/0/one").exists());
+    for point in [directory, single, other] {
+        unmount(&point, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
     host.undo();
 }
 

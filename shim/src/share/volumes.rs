@@ -74,7 +74,7 @@ impl Volumes {
 
     /// A place for one that is about to be made.
     pub(super) fn begin(&mut self, source: Source, writable: bool, mapped: bool, user: &Id) -> Placed {
-        let placed = Placed { path: Path::new(DIRECTORY).join(self.count.to_string()), mapped };
+        let placed = Placed { path: Path::new(DIRECTORY).join(self.count.to_string()), part: None, mapped };
         self.count = self.count.saturating_add(1);
         let users = BTreeSet::from([user.clone()]);
         self.list.push(Volume { source, writable, placed: placed.clone(), users, complete: false });
