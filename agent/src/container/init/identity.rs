@@ -151,11 +151,21 @@ impl<'a> Identity<'a> {
 
     /// Finds out before the start whether there is a program at all.
     pub(super) fn check_program(&self) -> Result<(), Error> {
-        let found = |path: PathBuf| std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
-        if self.candidates().into_iter().any(found) {
-            return Ok(());
+        let mut refused = libc::ENOENT;
+        for candidate in self.candidates() {
+            match std::fs::metadata(&candidate) {
+                Ok(found) if found.is_file() => return Ok(()),
+                // What execve(2) would say. A directory that PATH has by this name is passed over.
+                Ok(_) if self.is_path() => refused = libc::EACCES,
+                _ => {}
+            }
         }
-        Err(self.not_executed(io::ErrorKind::NotFound.into()))
+        Err(self.not_executed(io::Error::from_raw_os_error(refused)))
+    }
+
+    /// Whether the program is given by its path, and not by a name to be looked for.
+    fn is_path(&self) -> bool {
+        self.process.args.first().is_some_and(|program| program.contains('/'))
     }
 
     fn not_executed(&self, source: io::Error) -> Error {
@@ -171,7 +181,7 @@ impl<'a> Identity<'a> {
     fn candidates(&self) -> Vec<PathBuf> {
         let program = self.process.args.first().map(String::as_str).unwrap_or_default();
         let cwd = self.process.cwd.as_path();
-        if program.contains('/') {
+        if self.is_path() {
             return vec![cwd.join(program)];
         }
         let path = self.process.env.iter().rev().find_map(|entry| entry.strip_prefix("PATH="));
