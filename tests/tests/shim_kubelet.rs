@@ -46,17 +46,16 @@ const TAKE_HUGE: &str = r#"
     }"#;
 /// Holds a lock, and answers at a socket.
 const SERVE: &str = r#"
-    open(LOCK, ">", "/scratch/lock"); flock(LOCK, 2);
-    socket(SERVER, 1, 1, 0); bind(SERVER, pack("Sa*", 1, "/scratch/socket\0")); listen(SERVER, 5);
-    while (accept(CLIENT, SERVER)) { print CLIENT "from the other side
-"; close(CLIENT); }"#;
-/// Tries the lock, and asks at the socket.
+    open(LOCK, ">", "/scratch/sub/lock"); flock(LOCK, 2);
+    socket(SERVER, 1, 1, 0); bind(SERVER, pack("Sa*", 1, "/scratch/sub/socket\0")); listen(SERVER, 5);
+    while (accept(CLIENT, SERVER)) { print CLIENT "from the other side\n"; close(CLIENT); }"#;
+/// Tries the lock, and asks at the socket, by way of the whole volume and of a part of it.
 const ASK: &str = r#"
-    until (-S "/scratch/socket") { sleep(1); }
-    open(LOCK, ">", "/scratch/lock"); print flock(LOCK, 2 | 4) ? "free
-" : "held
-";
-    socket(SERVER, 1, 1, 0); connect(SERVER, pack("Sa*", 1, "/scratch/socket\0")) or die $!; print <SERVER>;"#;
+    for $at ("/scratch/sub", "/sub") {
+        until (-S "$at/socket") { sleep(1); }
+        open(LOCK, ">", "$at/lock"); print flock(LOCK, 2 | 4) ? "free\n" : "held\n"; close(LOCK);
+        socket(SERVER, 1, 1, 0); connect(SERVER, pack("Sa*", 1, "$at/socket\0")) or die $!; print <SERVER>;
+    }"#;
 
 type Answers = BTreeMap<String, String>;
 
@@ -157,8 +156,8 @@ impl Kubelet {
                 chown(&part, Some(0), Some(3000))?;
             }
         }
-        let point =
-            format!("volume-subpaths/{}/{container}/{}", volume.replace('/', "-"), at.replace('/', "-"));
+        let (_, name) = volume.split_once('/').context("no volume")?;
+        let point = format!("volume-subpaths/{name}/{container}/{}", at.replace('/', "-"));
         let target = self.path(&point);
         if !target.exists() {
             fs::create_dir_all(target.parent().context("no parent")?)?;
@@ -217,7 +216,7 @@ const QUESTIONS: [&str; 20] = [
     "echo back > /host/back; chown 7:8 /host/back; chmod 4755 /host/back; ln -s back /host/link; mkdir /host/dir",
     "ls -a /config | sort; cat /config/key /key /projected/key; readlink /config/key; readlink /config/..data",
     "stat -c '%a %u %g' /config /secret /secret/key; stat -L -c '%a %u %g %s' /config/key /secret/key; cat /secret/key",
-    "cat /scratch/sub/below /sub/below; echo more >> /sub/below; sleep 1.2; cat /scratch/sub/below",
+    "cat /scratch/sub/below /sub/below; echo more >> /sub/below; cat /scratch/sub/below",
     "stat -f -c %T /memory /dev/shm; stat -c '%a %u %g' /memory /dev/shm; awk '$2 == \"/huge\" { print $3 }' /proc/mounts",
     "df -k /memory /memory-sub /dev/shm | awk '{ print $2 }'",
     "dd if=/dev/zero of=/memory/full bs=64k count=100 2>&1 | grep -c 'No space'; stat -c %s /memory/full; rm /memory/full",
