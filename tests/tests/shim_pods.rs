@@ -1,14 +1,19 @@
 //! A pod's life through CRI, with everything that a kubelet asks of it; each pod runs under runc too, and the answers
 //! are compared.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+};
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
     cri::{
         self, Capability, ContainerConfig, Cri, Int64Value, LinuxContainerResources,
-        LinuxContainerSecurityContext, NamespaceMode, NamespaceOption, Pod, SecurityProfile,
+        LinuxContainerSecurityContext, Mount, NamespaceMode, NamespaceOption, Pod, SecurityProfile,
         security_profile::ProfileType,
     },
     streaming::{RESIZE, STDERR, STDIN, STDOUT},
@@ -51,7 +56,7 @@ fn sh(name: &str, script: &str) -> ContainerConfig {
 ///
 /// What differs by design is not asked: the filter that every container of ours has against the machine's own sockets, the
 /// device nodes that no root file system of ours takes, files of procfs that the guest's kernel does not have.
-const QUESTIONS: [&str; 20] = [
+const QUESTIONS: [&str; 24] = [
     "id",
     "env | sort",
     "pwd; umask; tty",
@@ -72,6 +77,10 @@ const QUESTIONS: [&str; 20] = [
     "cat /etc/resolv.conf; tail -1 /etc/hosts | awk '{ print $2 }'",
     "ulimit -c; ulimit -n | awk '{ print ($1 >= 1024) }'; ulimit -s",
     "readlink /proc/self/exe; unshare -U true; echo $?",
+    "grep -E '^Sig(Blk|Ign|Cgt)' /proc/1/status; ls /proc/1/fd | wc -l; tr '\\0' '\\n' < /proc/1/environ | sort",
+    "cat /proc/self/uid_map /proc/self/setgroups",
+    "cd /proc/sys; cat net/ipv4/ip_unprivileged_port_start net/ipv4/ping_group_range net/core/somaxconn kernel/domainname",
+    "ip -o link | awk '{ print $2, $5 }' | sed 's/@[^:]*//'; cat /sys/class/net/eth0/mtu; ls /sys/class/net",
 ];
 
 /// All questions to one container.
@@ -148,25 +157,196 @@ async fn a_container_cannot_tell_what_it_runs_under() -> Result<()> {
 
 /// What goes wrong goes wrong in the same way.
 async fn failures(cri: &mut Cri, pod: &Pod, plain: &str, answers: &mut Answers) -> Result<()> {
-    for command in [&["/nonexistent"][..], &["/etc"], &["sh", "-c", "kill -9 $$"], &["false"]] {
-        let ended = match cri.exec_within(plain, command, 60).await {
-            Ok(reply) => format!("exit {}", reply.exit_code),
-            Err(_) => "refused".into(),
-        };
-        answers.insert(format!("exec of {command:?}"), ended);
-    }
+    run_all(cri, plain, &[&["/nonexistent"], &["/etc"], &["sh", "-c", "kill -9 $$"], &["false"]], answers)
+        .await;
     let late = cri.exec_within(plain, &["sleep", "600"], 1).await;
     answers
         .insert("exec that takes too long".into(), format!("{:?}", late.err().map(|status| status.code())));
     let left = cri.said(plain, "ps | grep -c '[s]leep 600'; true").await?;
     answers.insert("what is left of it".into(), left);
-    let missing = cri.create_container(pod, container("missing", &["/nonexistent"]));
-    let missing = missing.await?;
-    let refused = cri.start_container(&missing).await.is_err();
-    let status = cri.container_status(&missing).await?;
-    let ended = format!("refused: {refused}, exit {}, {}", status.exit_code, status.reason);
-    answers.insert("a program that is not there".into(), ended);
+    attempt_all(cri, pod, Faulty::new()?.usual(), answers).await
+}
+
+/// A soak: each container takes an emulated machine seconds.
+#[tokio::test]
+#[ignore = "a soak"]
+async fn what_fails_fails_as_it_does_elsewhere() -> Result<()> {
+    let (node, mut cri, before) = cri::ready().await?;
+    let mut all = Vec::new();
+    for handler in HANDLERS {
+        let mut answers = Answers::new();
+        let pod = cri.run_pod(cri::pod_config("shim-fails"), handler).await;
+        let pod = pod.with_context(|| node.containerd_log())?;
+        let plain = cri.run_container(&pod, container("plain", &["sleep", "1000"])).await?;
+        let commands: [&[&str]; 6] = [
+            &["nonexistent"],
+            &["/etc/hostname"],
+            &[""],
+            &[],
+            &["sh", "-c", "kill -SEGV $$"],
+            &["sh", "-c", "nonexistent"],
+        ];
+        run_all(&mut cri, &plain, &commands, &mut answers).await;
+        attempt_all(&mut cri, &pod, Faulty::new()?.unusual(), &mut answers).await?;
+        cri.remove_pod(&pod).await?;
+        all.push(answers);
+    }
+    // Of these runc says that they started, and then that they failed.
+    for (name, why) in [("container noise", "no program"), ("container orphan", "not there")] {
+        let [ours, theirs] = [0, 1].map(|index| all[index].remove(name).unwrap_or_default());
+        ensure!(ours == format!("not started: {why}; exit 128 StartError, {why}"), "{name}: {ours}");
+        ensure!(theirs.starts_with("exit "), "{name}: {theirs}");
+    }
+    compare(&all[0], &all[1])?;
+    before.assert_nothing_added()
+}
+
+/// Runs commands in a container, and notes how they end.
+async fn run_all(cri: &mut Cri, container: &str, commands: &[&[&str]], answers: &mut Answers) {
+    for command in commands {
+        let ended = match cri.exec_within(container, command, 60).await {
+            Ok(reply) => format!("exit {}", reply.exit_code),
+            Err(status) => format!("refused: {}", reason(status.message())),
+        };
+        answers.insert(format!("exec of {command:?}"), ended);
+    }
+}
+
+/// Runs containers in a pod, and notes how they end.
+async fn attempt_all(
+    cri: &mut Cri,
+    pod: &Pod,
+    configs: Vec<ContainerConfig>,
+    answers: &mut Answers,
+) -> Result<()> {
+    for config in configs {
+        let name = config.metadata.as_ref().map(|metadata| metadata.name.clone()).unwrap_or_default();
+        answers.insert(format!("container {name}"), attempt(cri, pod, config).await?);
+    }
     Ok(())
+}
+
+/// Files that no process can be made of, in a volume.
+struct Faulty(tempfile::TempDir);
+
+impl Faulty {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir_in("/var/tmp")?;
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755))?;
+        for (name, content, mode) in [
+            ("noise", "no program of any kind\n", 0o755),
+            ("orphan", "#!/nonexistent\n", 0o755),
+            ("roots", "#!/bin/sh\n", 0o700),
+        ] {
+            fs::write(directory.path().join(name), content)?;
+            fs::set_permissions(directory.path().join(name), Permissions::from_mode(mode))?;
+        }
+        fs::create_dir(directory.path().join("closed"))?;
+        fs::set_permissions(directory.path().join("closed"), Permissions::from_mode(0o700))?;
+        Ok(Self(directory))
+    }
+
+    fn mount(&self, at: &str) -> Mount {
+        let host_path = self.0.path().to_string_lossy().into_owned();
+        Mount { container_path: at.into(), host_path, ..Mount::default() }
+    }
+
+    fn container(&self, name: &str, command: &[&str]) -> ContainerConfig {
+        let mut config = container(name, command);
+        config.mounts = vec![self.mount("/faulty")];
+        config
+    }
+
+    /// One that runs in this directory, as this user.
+    fn placed(&self, name: &str, command: &[&str], directory: &str, user: i64) -> ContainerConfig {
+        let mut config = self.container(name, command);
+        config.working_dir = directory.into();
+        let context = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+        context.run_as_user = Some(Int64Value { value: user });
+        config
+    }
+
+    /// One with the volume mounted here.
+    fn mounted(&self, name: &str, at: &str) -> ContainerConfig {
+        let mut config = container(name, &["true"]);
+        config.mounts = vec![self.mount(at)];
+        config
+    }
+
+    /// Containers that end badly, each in another way.
+    fn usual(&self) -> Vec<ContainerConfig> {
+        vec![
+            self.container("missing", &["/nonexistent"]),
+            self.container("directory", &["/etc"]),
+            self.placed("closed-directory", &["true"], "/faulty/closed", 1000),
+        ]
+    }
+
+    /// More of them.
+    fn unusual(&self) -> Vec<ContainerConfig> {
+        let mut nobody = self.container("unknown-user", &["true"]);
+        let context = nobody.linux.get_or_insert_default().security_context.get_or_insert_default();
+        context.run_as_username = "nobody-knows".into();
+        let here = ["sh", "-c", "[ $PWD = /no/such/directory ]"];
+        vec![
+            nobody,
+            self.container("not-in-path", &["nonexistent"]),
+            self.container("not-executable", &["/etc/hostname"]),
+            self.container("empty-name", &[""]),
+            self.container("noise", &["/faulty/noise"]),
+            self.container("orphan", &["/faulty/orphan"]),
+            self.container("exit-126", &["sh", "-c", "/etc/hostname"]),
+            self.container("exit-127", &["sh", "-c", "nonexistent"]),
+            self.container("exit-255", &["sh", "-c", "exit 255"]),
+            self.container("out-of-time", &["sh", "-c", "ulimit -t 1; while :; do :; done"]),
+            self.placed("not-permitted", &["/faulty/roots"], "", 1000),
+            self.placed("user-of-no-name", &["sh", "-c", "exit $(id -u | tail -c 3)"], "", 12345),
+            self.placed("new-directory", &here, "/no/such/directory", 0),
+            self.placed("file-as-directory", &["true"], "/bin/busybox", 0),
+            self.mounted("mount-below-a-file", "/etc/hostname/below"),
+            self.mounted("mount-in-proc", "/proc/below"),
+        ]
+    }
+}
+
+/// What comes of a container: how it ends, or why it does not start.
+async fn attempt(cri: &mut Cri, pod: &Pod, config: ContainerConfig) -> Result<String> {
+    // The codes are not compared: ours tell what went wrong, runc's are all unknown.
+    let refusal = |error: anyhow::Error| reason(&format!("{error:#}"));
+    let container = match cri.create_container(pod, config).await {
+        Ok(container) => container,
+        Err(error) => return Ok(format!("not made: {}", refusal(error))),
+    };
+    let refused = cri.start_container(&container).await.err();
+    let status = if refused.is_some() {
+        cri.container_status(&container).await?
+    } else {
+        cri.wait(&container).await?
+    };
+    let told = reason(&status.message);
+    let ended = format!("exit {} {}, {told}", status.exit_code, status.reason);
+    cri.remove_container(&container).await?;
+    Ok(refused.map_or_else(|| ended.clone(), |error| format!("not started: {}; {ended}", refusal(error))))
+}
+
+/// What the reader of an error learns from it, whatever the words around it.
+fn reason(text: &str) -> String {
+    let text = text.to_lowercase();
+    let known = [
+        ("no such file or directory", "not there"),
+        ("executable file not found", "not there"),
+        ("permission denied", "not permitted"),
+        ("is a directory", "not permitted"),
+        ("not a directory", "no directory"),
+        ("exec format error", "no program"),
+        ("no users found", "no such user"),
+        ("needs a program", "not there"),
+        ("args must not be empty", "not there"),
+        ("args cannot be empty", "not there"),
+        ("nonexistent", "by its name"),
+    ];
+    let found = known.iter().filter(|(words, _)| text.contains(words)).map(|(_, meaning)| *meaning);
+    found.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ")
 }
 
 /// How a container ended, as kubectl shows it.
