@@ -231,8 +231,16 @@ impl Container {
     /// Has the guest's own volumes take the place of the host's where that is better.
     async fn stand_ins(&self, id: &Id, guest: &mut GuestSpec) -> Result<StandIns, PodError> {
         let mut found = StandIns::default();
+        let (machine, volumes) = (self.sandbox.machine(), self.sandbox.volumes());
         for bind in std::mem::take(&mut guest.binds) {
-            match self.sandbox.volumes().stand_in(self.sandbox.machine(), &bind.volume.source).await? {
+            if let Some(files) = self.sandbox.files()
+                && let Ok(name) = bind.volume.source.strip_prefix(files)
+            {
+                let copies = volumes.files(machine, files).await?;
+                guest.set_source(bind.index, &format!("{copies}/{}", name.display()));
+                continue;
+            }
+            match volumes.stand_in(machine, &bind.volume.source).await? {
                 Some(StandIn::Directory(path)) => guest.set_source(bind.index, &path),
                 Some(StandIn::HugePages(size)) => guest.set_huge_pages(bind.index, size),
                 Some(StandIn::Part(part)) => {

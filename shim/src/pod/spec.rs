@@ -175,7 +175,7 @@ pub const HOSTS: &str = "hosts";
 /// The file that configures the pod's resolver.
 pub const RESOLV_CONF: &str = "resolv.conf";
 /// Where containers see these files.
-const FILES: [(&str, &str); 3] =
+pub(super) const FILES: [(&str, &str); 3] =
     [("/etc/hostname", HOSTNAME), ("/etc/hosts", HOSTS), ("/etc/resolv.conf", RESOLV_CONF)];
 
 /// Namespaces and what containerd calls them.

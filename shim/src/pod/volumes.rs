@@ -20,11 +20,15 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use super::error::PodError;
+use super::spec::FILES;
 use crate::machine::Machine;
 use crate::share::{self, Memory, Owner, Special};
 
 /// The size of a volume of the kubelet's files: while they are swapped, old and new are there.
 const WRITTEN_SIZE: u64 = 8 << 20;
+/// The permissions of the pod's own files, and of their directory.
+const FILE_MODE: u32 = 0o644;
+const DIRECTORY_MODE: u32 = 0o755;
 /// How long the guest may take to bring a copy up to date.
 const SYNC: Duration = Duration::from_secs(60);
 /// What inotify(7) has in place of a watch's number once events were lost.
@@ -93,6 +97,32 @@ impl Volumes {
             }
         })
     }
+
+    /// Where in the guest the pod's own files are, which are in `directory` on the host. They are copies: containers may
+    /// write to them, and the host's directory is in memory that is the node's.
+    ///
+    /// # Errors
+    /// When they can't be read, and the agent's own.
+    pub async fn files(&self, machine: &Machine, directory: &Path) -> Result<String, PodError> {
+        Ok(self.0.lock().await.files(machine, directory).await?.path)
+    }
+}
+
+/// The pod's own files as they are in a directory of the host.
+fn read_files(directory: &Path) -> Result<Vec<v1::TreeEntry>, PodError> {
+    let entry = |&(_, name): &(&str, &str)| {
+        let path = directory.join(name);
+        match std::fs::read(&path) {
+            Ok(text) => Ok(v1::TreeEntry {
+                path: name.to_owned(),
+                kind: Some(v1::tree_entry::Kind::File(text)),
+                mode: FILE_MODE,
+                ..v1::TreeEntry::default()
+            }),
+            Err(source) => Err(PodError::Io { action: "read", path, source }),
+        }
+    };
+    FILES.iter().map(entry).collect()
 }
 
 async fn mount(machine: &Machine, id: &str, tmpfs: v1::Tmpfs) -> Result<String, PodError> {
@@ -124,6 +154,19 @@ impl State {
         let (id, Owner { mode, uid, gid }) = (self.next_id(), memory.root);
         let path = mount(machine, &id, v1::Tmpfs { size: memory.size, inodes: 0, mode, uid, gid }).await?;
         Ok(self.keep(source, id, path))
+    }
+
+    async fn files(&mut self, machine: &Machine, directory: &Path) -> Result<Known, PodError> {
+        if let Some(known) = self.known.get(directory) {
+            return Ok(known.clone());
+        }
+        let (id, path) = (self.next_id(), directory.to_owned());
+        let entries = tokio::task::spawn_blocking(move || read_files(&path)).await??;
+        let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, mode: DIRECTORY_MODE, ..v1::Tmpfs::default() };
+        let path = mount(machine, &id, tmpfs).await?;
+        let request = v1::SyncTreeRequest { storage_id: id.clone(), entries };
+        machine.answer(machine.agent().storages().sync_tree(call(request))).await?;
+        Ok(self.keep(directory, id, path))
     }
 
     /// A copy of what the kubelet has written, kept up to date. None for what is too much or too strange to be copied.

@@ -25,7 +25,8 @@
 //! so its layers are: what a container writes has the same owners on disk as with any other runtime. Not every kernel
 //! (before 5.19) and file system can do it: [`mappable`] tells by trying. Where it cannot be had, files are shown with
 //! the host's owners ([`Owners::Host`]), and the machine's process must not have a user namespace. A volume alone that
-//! cannot be mapped is shared all the same, with owners that the guest sees as nobody ([`Placed::mapped`]).
+//! cannot be mapped can be had read-only, with owners that the guest sees as nobody ([`Placed::mapped`]): what was written
+//! to it would belong to ids that the next machine gets.
 //!
 //! # Whatever happens
 //! Every directory and mount is in the [journal](crate::journal) before it is made, so that [`Share::remove`] undoes a
@@ -143,8 +144,8 @@ pub enum ShareError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// A root file system whose owners cannot be shown as [`Owners::Mapped`] wants it.
-    #[error("the file system of {path:?} has no id-mapped mounts")]
+    /// A root file system, or a volume to be written to, whose owners cannot be shown as [`Owners::Mapped`] wants it.
+    #[error("the file system of {path:?} has no id-mapped mounts: a machine cannot write to it")]
     Unmappable {
         /// What was to be mounted.
         path: PathBuf,
@@ -303,7 +304,16 @@ impl Share {
             return Ok(placed);
         }
         let tree = mount::clone(path, &options)?;
-        let mapped = self.map(&tree, options.recursive);
+        let mapped = match self.map(&tree, options.recursive) {
+            Ok(all) => all,
+            Err(source) if writable => {
+                return Err(ShareError::Unmappable { path: path.to_owned(), source });
+            }
+            Err(error) => {
+                tracing::warn!(volume = ?path, %error, "in the machine its files are nobody's");
+                false
+            }
+        };
         let directory = self.writable.join(volumes::DIRECTORY);
         if !directory.exists() {
             make_directory(journal, &directory)?;
@@ -355,15 +365,18 @@ impl Share {
 
     /// Shows owners as the share has them: with all that is mounted below, or else of the top alone. Returns whether all
     /// is so.
-    fn map(&self, tree: &OwnedFd, recursive: bool) -> bool {
-        let Some(mapping) = &self.mapping else { return true };
+    ///
+    /// # Errors
+    /// When not even the top can be.
+    fn map(&self, tree: &OwnedFd, recursive: bool) -> io::Result<bool> {
+        let Some(mapping) = &self.mapping else { return Ok(true) };
         let change = sys::Change { owners: Some(mapping.namespace.as_fd()), ..Default::default() };
-        if sys::change(tree.as_fd(), recursive, change).is_ok() {
-            return true;
+        match sys::change(tree.as_fd(), recursive, change) {
+            Ok(()) => Ok(true),
+            // A file system below that cannot do it must not keep the rest from it.
+            Err(_) if recursive => sys::change(tree.as_fd(), false, change).map(|()| false),
+            Err(error) => Err(error),
         }
-        // A file system below that cannot do it must not keep the rest from it.
-        let _ = recursive && sys::change(tree.as_fd(), false, change).is_ok();
-        false
     }
 
     fn attach(&self, journal: &mut Journal, tree: &OwnedFd, path: &Path) -> Result<(), ShareError> {

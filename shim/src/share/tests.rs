@@ -358,13 +358,15 @@ fn what_is_mounted_on_the_host_later_comes_in_only_where_it_is_asked_for() {
 }
 
 #[test]
-fn a_file_system_that_cannot_be_mapped_is_shared_as_it_is() {
+fn a_file_system_that_cannot_be_mapped_is_shared_to_be_read() {
     let mut host = Host::new();
     let share = host.share(Owners::Mapped(RANGE));
     let placed = share.add_volume(&mut host.journal, &id("c1"), &volume(Path::new("/proc/sys"), &["ro"]));
     let placed = placed.unwrap();
     assert!(!placed.mapped);
     assert!(share.path().join(placed.path).join("kernel").exists());
+    let written = share.add_volume(&mut host.journal, &id("c1"), &volume(Path::new("/proc/sys"), &["rw"]));
+    assert!(matches!(written, Err(ShareError::Unmappable { .. })));
     let bind = Mount { kind: "bind".into(), source: "/proc/sys".into(), ..Mount::default() };
     let refused = share.add_rootfs(&mut host.journal, &id("c2"), std::slice::from_ref(&bind));
     assert!(matches!(refused, Err(ShareError::Unmappable { .. })));
