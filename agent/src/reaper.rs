@@ -14,7 +14,6 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -141,18 +140,28 @@ impl Drop for Hold {
 }
 
 /// One child of `pid` (-1: any) that has ended.
-fn wait(pid: Pid) -> Result<Option<(Pid, ExitStatus)>, Errno> {
+///
+/// # Errors
+/// As waitpid(2): ECHILD when there is no such child.
+pub(crate) fn wait(pid: Pid) -> Result<Option<(Pid, ExitStatus)>, Errno> {
+    // __WALL: children that were cloned without SIGCHLD as well.
+    let options = libc::WNOHANG | libc::__WALL;
     loop {
-        // __WALL: children that were cloned without SIGCHLD as well.
-        match waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
-            Ok(WaitStatus::Exited(pid, code)) => return Ok(Some((pid, ExitStatus::Exited(code)))),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                return Ok(Some((pid, ExitStatus::Signaled(signal as i32))));
-            }
-            // A traced child's stops are reported without being asked for.
-            Ok(WaitStatus::StillAlive) => return Ok(None),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
+        let mut status = 0;
+        // Not by nix, which reaps a child that a real-time signal killed and then fails, for want of a name for that.
+        // SAFETY: the status outlives the call.
+        let ended = match unsafe { libc::waitpid(pid.as_raw(), &raw mut status, options) } {
+            0 => return Ok(None),
+            -1 if Errno::last() == Errno::EINTR => continue,
+            -1 => return Err(Errno::last()),
+            ended => Pid::from_raw(ended),
+        };
+        if libc::WIFEXITED(status) {
+            return Ok(Some((ended, ExitStatus::Exited(libc::WEXITSTATUS(status)))));
+        }
+        // A traced child's stops are reported without being asked for.
+        if libc::WIFSIGNALED(status) {
+            return Ok(Some((ended, ExitStatus::Signaled(libc::WTERMSIG(status)))));
         }
     }
 }
@@ -180,6 +189,20 @@ mod tests {
         let killed = killed.await.unwrap();
         assert_eq!(killed, ExitStatus::Signaled(9));
         assert_eq!(killed.code(), 137);
+    }
+
+    /// The first and the last that the C library leaves to programs: no enumeration has them.
+    #[tokio::test]
+    async fn real_time_signals_are_told_like_others() {
+        let reaper = Reaper::start().unwrap();
+        for signal in [34, 64] {
+            let hold = reaper.hold();
+            let watched = hold.watch(spawn(&format!("kill -{signal} $$")));
+            // One that nobody watches does not stop what comes after it either.
+            spawn(&format!("kill -{signal} $$"));
+            drop(hold);
+            assert_eq!(watched.await.unwrap(), ExitStatus::Signaled(signal));
+        }
     }
 
     #[tokio::test]
