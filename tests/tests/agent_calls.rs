@@ -150,6 +150,8 @@ async fn what_can_not_be_done_has_its_code() -> Result<()> {
     for number in [0, 65, u32::MAX] {
         ensure!(code(containers.signal(signal("c", "", number)).await) == Some(Code::InvalidArgument));
     }
+    let all_of_an_exec = v1::SignalRequest { all: true, ..signal("c", "x", 15) };
+    ensure!(code(containers.signal(all_of_an_exec).await) == Some(Code::InvalidArgument));
     ensure!(code(containers.signal(signal("c", "z", 15)).await) == Some(Code::NotFound));
     ensure!(code(containers.remove_container(remove("c", false)).await) == Some(Code::FailedPrecondition));
     ensure!(code(containers.resize_terminal(resize("c", 1)).await) == Some(Code::FailedPrecondition));

@@ -60,6 +60,9 @@ impl containers_server::Containers for Service {
     ) -> Result<Response<proto::SignalResponse>, Status> {
         let request = request.into_inner();
         let signal = i32::try_from(request.signal).map_err(|_| Status::invalid_argument("signal"))?;
+        if request.all && !request.exec_id.is_empty() {
+            return Err(Status::invalid_argument("all: an exec is one process, not the container's all"));
+        }
         self.0.runtime.signal(&request.container_id, &request.exec_id, signal, request.all)?;
         Ok(Response::new(proto::SignalResponse {}))
     }
