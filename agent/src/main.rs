@@ -115,6 +115,9 @@ fn run_as_init() {
 }
 
 fn run(options: &Options, is_init: bool, lines: Arc<log::Lines>) -> Result<Shutdown, Box<dyn Error>> {
+    if let Err(error) = process::raise_limits(is_init) {
+        warn!(%error, "limits stay as they are");
+    }
     std::fs::create_dir_all(&options.root)?;
     let runtime = Builder::new_current_thread()
         .enable_all()

@@ -17,6 +17,7 @@ use super::cgroup::Cgroup;
 use super::init::wire::{self, Answer, Order, Setup, Word};
 use super::{Created, Error, Exit, State, Stdio, init, sys, validate};
 use crate::oci;
+use crate::process::lower_limits;
 use crate::reaper::{ExitStatus, Reaper};
 
 /// Bound on each step of the helper; generous, as the guest may be starved of CPU.
@@ -149,7 +150,7 @@ impl Launch<'_> {
         command.stdin(stream(stdio.stdin)).stdout(stream(stdio.stdout)).stderr(stream(stdio.stderr));
         let socket = socket.as_raw_fd();
         // SAFETY: only async-signal-safe calls between fork and exec.
-        unsafe { command.pre_exec(move || place_socket(socket)) };
+        unsafe { command.pre_exec(move || place_socket(socket).and_then(|()| lower_limits())) };
         let child = command.spawn().map_err(Error::system("execute the helper"))?;
         Ok(child.id())
     }
