@@ -59,11 +59,8 @@ fn run_as_called() -> c_int {
         // is a kernel panic, which the VMM sees and reports.
         return libc::EXIT_FAILURE;
     }
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == pod::init::ARGUMENT) {
-        return match pod::init::run() {
-            Ok(()) => libc::EXIT_SUCCESS,
-            Err(_) => libc::EXIT_FAILURE,
-        };
+    if std::env::args_os().next().is_some_and(|name| name == pod::init::ARGV0) {
+        return pod::init::run();
     }
     match Options::from_arguments(std::env::args_os().skip(1)) {
         Ok(Command::Help) => print!("{USAGE}"),

@@ -95,12 +95,47 @@ async fn a_sandbox_is_made_whole_and_unmade_without_a_rest() -> Result<()> {
         "echo $$",
     ])?;
     assert_ne!(inits.trim(), "1", "the pod's init is there already");
+    the_pods_init_has_nothing(&agent)?;
 
     agent.client.sandbox().destroy_sandbox(call(v1::DestroySandboxRequest::default())).await?;
     assert_eq!(mounts()?, mounts_before);
     assert_eq!(agent.descriptors()?, descriptors_before);
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", agent.pid()))?;
     assert_eq!(children.trim(), "", "the pod's init is gone and reaped");
+    Ok(())
+}
+
+/// Whoever takes the init over has nothing that a container has not.
+fn the_pods_init_has_nothing(agent: &Agent) -> Result<()> {
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", agent.pid()))?;
+    let init = format!("/proc/{}", children.trim());
+    for empty in ["root", "fd"] {
+        let found: Vec<_> = fs::read_dir(format!("{init}/{empty}"))?.flatten().collect();
+        ensure!(found.is_empty(), "{empty} has {found:?}");
+    }
+    let status = fs::read_to_string(format!("{init}/status"))?;
+    let nobody = [65_535; 4].map(|id: u32| id.to_string()).join("\t");
+    for line in [
+        format!("Uid:\t{nobody}"),
+        format!("Gid:\t{nobody}"),
+        "Groups:\t ".to_owned(),
+        format!("CapPrm:\t{:016x}", 0),
+        format!("CapEff:\t{:016x}", 0),
+        "NoNewPrivs:\t1".to_owned(),
+        "Seccomp:\t2".to_owned(),
+    ] {
+        ensure!(status.lines().any(|had| had == line), "no {line:?} in {status}");
+    }
+    for kind in ["mnt", "pid", "cgroup", "net", "ipc", "uts"] {
+        let of = |process: &str| fs::read_link(format!("{process}/ns/{kind}"));
+        ensure!(
+            of(&init)? != of(&format!("/proc/{}", agent.pid()))?,
+            "it is in the agent's {kind} namespace"
+        );
+    }
+    // An undumpable process's files are root's.
+    let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(format!("{init}/environ"))?);
+    ensure!(owner == 0, "it can be traced by its user, {owner}");
     Ok(())
 }
 

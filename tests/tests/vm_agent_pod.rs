@@ -76,6 +76,8 @@ async fn a_pod_has_all_that_it_was_promised() -> Result<()> {
     let server = "echo served > /tmp/file; exec httpd -f -p '[::]:8080' -h /tmp";
     pod.launch("server", &pod_spec(&process(server, false), &vm.sandbox)?).await?;
     namespaces_are_shared(&vm, &pod).await.context("namespaces")?;
+    the_pods_init_is_harmless(&vm, &pod).await.context("init")?;
+    limits_are_those_of_a_node(&pod).await.context("limits")?;
     the_network_works(&vm).await.context("network")?;
     names_are_looked_up_where_it_says(&vm, &pod).await.context("DNS")?;
     ports_are_forwarded(&vm).await.context("port-forward")?;
@@ -117,6 +119,43 @@ async fn namespaces_are_shared(vm: &PodVm, pod: &Pod) -> Result<()> {
     // One that shares nothing has none of it.
     let own = pod.output("own", "for kind in pid; do readlink /proc/self/ns/$kind; done").await?;
     ensure!(!links.contains(own.trim()), "{own} is the pod's");
+    Ok(())
+}
+
+/// A container that may trace the pod's init finds nothing of the machine behind it.
+async fn the_pods_init_is_harmless(vm: &PodVm, pod: &Pod) -> Result<()> {
+    let script = "ls -A /proc/1/root /proc/1/fd /proc/1/cwd
+        for kind in ipc uts net pid; do
+            [ $(readlink /proc/1/ns/$kind) = $(readlink /proc/self/ns/$kind) ] || echo $kind
+        done
+        (echo x > /proc/1/exe) 2> /dev/null && echo written
+        grep -E '^(CapPrm|CapEff|NoNewPrivs)' /proc/1/status";
+    let mut spec = pod_spec(&process(script, false), &vm.sandbox)?;
+    let all = serde_json::json!(["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL"]);
+    spec["process"]["capabilities"] =
+        serde_json::json!({"bounding": all, "effective": all, "permitted": all});
+    let said = pod.output_of("tracer", &spec).await?;
+    let nothing = "/proc/1/cwd:\n\n/proc/1/fd:\n\n/proc/1/root:\n";
+    let none = "0".repeat(16);
+    ensure!(said == format!("{nothing}CapPrm:\t{none}\nCapEff:\t{none}\nNoNewPrivs:\t1\n"), "{said:?}");
+    Ok(())
+}
+
+/// Limits that the specification does not name are not those of a bare kernel on a small machine.
+async fn limits_are_those_of_a_node(pod: &Pod) -> Result<()> {
+    let limits = "cat /proc/self/limits";
+    for said in [pod.output("limits", limits).await?, pod.exec("server", limits).await?] {
+        for (name, soft, hard) in [
+            ("Max open files", "1024", "1048576"),
+            ("Max processes", "unlimited", "unlimited"),
+            ("Max pending signals", "unlimited", "unlimited"),
+            ("Max core file size", "0", "unlimited"),
+        ] {
+            let line = said.lines().find_map(|line| line.strip_prefix(name)).context(name)?;
+            let values: Vec<_> = line.split_whitespace().take(2).collect();
+            ensure!(values == [soft, hard], "{name}: {values:?}");
+        }
+    }
     Ok(())
 }
 

@@ -43,6 +43,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use self::hooks::Hooks;
 use self::identity::Identity;
 use self::root::Root;
+pub(crate) use self::rootfs::{change_root, empty_directory};
 use self::wire::{Answer, ContainerSetup, ExecSetup, Order, Process, Setup, Word};
 use super::error::Failure;
 use super::seccomp::Filter;

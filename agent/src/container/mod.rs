@@ -20,7 +20,7 @@ pub mod init;
 mod process;
 mod runtime;
 pub mod seccomp;
-mod sys;
+pub(crate) mod sys;
 pub mod validate;
 
 use std::collections::BTreeMap;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -310,6 +310,11 @@ impl Runtime {
             return Err(stopped());
         }
         Ok(root.into())
+    }
+
+    /// The helper program, to be executed by its descriptor: nobody who finds it can write to it.
+    pub(crate) fn helper(&self) -> BorrowedFd<'_> {
+        self.inner.helper.as_fd()
     }
 
     async fn blocking<T: Send + 'static>(

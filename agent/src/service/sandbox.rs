@@ -121,7 +121,7 @@ async fn create(
     let (root, id) = (shared.state.root.clone(), request.id.clone());
     let mut pod = blocking(move || Pod::create(&root, &id)).await?;
     if request.share_pid_namespace {
-        let init = pod::init::spawn(&shared.state.reaper)
+        let init = pod::init::spawn(&pod, shared.runtime.helper(), &shared.state.reaper)
             .await
             .map_err(|error| Status::internal(format!("start the pod's init: {error}")))?;
         pod.adopt(init)?;

@@ -135,28 +135,21 @@ fn mask(path: &Path, root: &Root, null: &mut Null<'_>) -> io::Result<()> {
     if fstat(&target)?.st_mode & libc::S_IFMT != libc::S_IFDIR {
         return null.cover(target.as_fd());
     }
+    sys::move_mount(empty_directory()?.as_fd(), target.as_fd())
+}
+
+/// A file system that has nothing and takes nothing, as a mount that is nowhere yet.
+pub(crate) fn empty_directory() -> io::Result<OwnedFd> {
     let context = FsContext::open(c"tmpfs")?;
     context.set(c"nr_inodes", Some(c"1"))?;
     let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    let cover = context.mount(attributes | libc::MOUNT_ATTR_NOEXEC)?;
-    sys::move_mount(cover.as_fd(), target.as_fd())
+    context.mount(attributes | libc::MOUNT_ATTR_NOEXEC)
 }
 
 /// Makes the built root this process's own and leaves the agent's behind.
 pub(super) fn enter(root: Root, setup: &Blueprint, procfs: BorrowedFd<'_>) -> Result<(), Error> {
     let failed = || Error::apply("root.path", "change into the root file system");
-    nix::unistd::fchdir(root.as_fd()).map_err(|errno| failed()(errno.into()))?;
-    match nix::unistd::pivot_root(".", ".") {
-        Ok(()) => {
-            // The old root now lies over the new one.
-            nix::mount::umount2(".", nix::mount::MntFlags::MNT_DETACH)
-                .map_err(|errno| failed()(errno.into()))?;
-        }
-        // The kernel's first root, an initramfs, has nothing beneath it to be pivoted on.
-        Err(nix::errno::Errno::EINVAL) => replace_first_root(&root, procfs).map_err(failed())?,
-        Err(errno) => return Err(failed()(errno.into())),
-    }
-    nix::unistd::chdir("/").map_err(|errno| failed()(errno.into()))?;
+    change_root(root.as_fd(), procfs).map_err(failed())?;
     drop(root);
     let slash = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(|errno| failed()(errno.into()))?;
@@ -172,11 +165,25 @@ pub(super) fn enter(root: Root, setup: &Blueprint, procfs: BorrowedFd<'_>) -> Re
     Ok(())
 }
 
+/// Makes a mounted directory this process's root and leaves the old one behind. The process has a mount namespace of
+/// its own, whose mounts `procfs` lists.
+pub(crate) fn change_root(root: BorrowedFd<'_>, procfs: BorrowedFd<'_>) -> io::Result<()> {
+    nix::unistd::fchdir(root)?;
+    match nix::unistd::pivot_root(".", ".") {
+        // The old root now lies over the new one.
+        Ok(()) => nix::mount::umount2(".", nix::mount::MntFlags::MNT_DETACH)?,
+        // The kernel's first root, an initramfs, has nothing beneath it to be pivoted on.
+        Err(nix::errno::Errno::EINVAL) => replace_first_root(root, procfs)?,
+        Err(errno) => return Err(errno.into()),
+    }
+    Ok(nix::unistd::chdir("/")?)
+}
+
 /// Moves the new root over the first one, unmounts everything else, and changes into the new one.
-fn replace_first_root(root: &Root, procfs: BorrowedFd<'_>) -> io::Result<()> {
+fn replace_first_root(root: BorrowedFd<'_>, procfs: BorrowedFd<'_>) -> io::Result<()> {
     let table = fs::read_to_string(format!("/proc/self/fd/{}/self/mountinfo", procfs.as_raw_fd()))?;
     let slash = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    sys::move_mount(root.as_fd(), slash.as_fd())?;
+    sys::move_mount(root, slash.as_fd())?;
     // Until the change of root, paths still begin beneath the new one. Field five is the mount point; what was below
     // the container's old place is not found any more.
     let points: Vec<_> =
@@ -185,7 +192,7 @@ fn replace_first_root(root: &Root, procfs: BorrowedFd<'_>) -> io::Result<()> {
         // In a user namespace the agent's mounts are locked together, and stay out of reach instead.
         let _ = nix::mount::umount2(*point, nix::mount::MntFlags::MNT_DETACH);
     }
-    nix::unistd::fchdir(root.as_fd())?;
+    nix::unistd::fchdir(root)?;
     nix::unistd::chroot(".")?;
     Ok(())
 }
