@@ -9,16 +9,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
 
+use crate::container::sys;
 use crate::namespace::aside;
 
 /// The namespaces that every pod has, with their names in /proc.
 const SHARED: [(&str, CloneFlags); 3] =
     [("net", CloneFlags::CLONE_NEWNET), ("ipc", CloneFlags::CLONE_NEWIPC), ("uts", CloneFlags::CLONE_NEWUTS)];
+
+/// How long the processes of a pod's PID namespace may take to end, in milliseconds.
+const END_TIMEOUT_MS: u16 = 5_000;
 
 /// Why the pod can not be made.
 #[derive(Debug, Error)]
@@ -175,7 +180,11 @@ impl Drop for Pod {
     fn drop(&mut self) {
         if let Some(init) = self.init {
             // Takes every process of the namespace along; the reaper collects it.
+            let end = u32::try_from(init.as_raw()).ok().and_then(|pid| sys::pidfd_open(pid).ok());
             let _ = kill(init, Signal::SIGKILL);
+            if let Some(end) = end {
+                let _ = poll(&mut [PollFd::new(end.as_fd(), PollFlags::POLLIN)], END_TIMEOUT_MS);
+            }
         }
         drop(Mounts(self.directory.clone()));
     }
