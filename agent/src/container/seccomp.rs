@@ -5,6 +5,7 @@
 //! - i386 compares the lower half of arguments only; its socketcall(2) and ipc(2) follow the calls behind them.
 //! - Calls of an architecture that the filter does not name kill the thread.
 //! - Names that an architecture does not know are skipped there.
+//! - Calls that are newer than all that a refusing filter names do not exist, as with runc.
 //!
 //! Beside it stands [`vsock_guard`], which every container gets: no process in a container may make a vsock socket,
 //! as the agent's own channel to the host is one. A ring of io_uring(7) makes sockets that no filter sees, so there are
@@ -105,20 +106,24 @@ pub fn compile(seccomp: &Seccomp) -> Result<Filter, Error> {
     let (i386, x32) = architectures(seccomp)?;
     let rules = rules(seccomp, default)?;
 
+    let block = |arch| {
+        let mut code = unknown_calls(arch, seccomp);
+        code.extend(block(arch, &rules, default)?);
+        Ok::<_, Error>(code)
+    };
     let mut program = vec![(LOAD, 0, 0, ARCHITECTURE)];
     let mut native = vec![(LOAD, 0, 0, NUMBER)];
-    let x32_block =
-        if x32 { block(Arch::X32, &rules, default)? } else { vec![(RETURN, 0, 0, RET_KILL_THREAD)] };
+    let x32_block = if x32 { block(Arch::X32)? } else { vec![(RETURN, 0, 0, RET_KILL_THREAD)] };
     // -1 is what a tracer makes of a call to be skipped, not a call of x32.
     native.push((JUMP_EQUAL, 1, 0, u32::MAX));
     native.push((JUMP_GREATER_OR_EQUAL, 1, 0, X32_BIT));
     native.push((JUMP, 0, 0, u32::try_from(x32_block.len()).map_err(|_| too_many())?));
     native.extend(x32_block);
-    native.extend(block(Arch::X86_64, &rules, default)?);
+    native.extend(block(Arch::X86_64)?);
     guarded(&mut program, AUDIT_ARCH_X86_64, native);
     if i386 {
         let mut code = vec![(LOAD, 0, 0, NUMBER)];
-        code.extend(block(Arch::I386, &rules, default)?);
+        code.extend(block(Arch::I386)?);
         guarded(&mut program, AUDIT_ARCH_I386, code);
     }
     program.push((RETURN, 0, 0, RET_KILL_THREAD));
@@ -279,13 +284,37 @@ fn rules(seccomp: &Seccomp, default: u32) -> Result<Vec<(&Rule, u32)>, Error> {
     Ok(rules)
 }
 
+/// A call's number, without the bit of x32, if the architecture has it.
+fn number(arch: Arch, name: &str) -> Option<u32> {
+    let number = numbers(name)?.get(arch as usize).copied()?;
+    u32::try_from(number).ok()
+}
+
+fn bit(arch: Arch) -> u32 {
+    if arch == Arch::X32 { X32_BIT } else { 0 }
+}
+
+/// Code for the calls that are newer than all that the filter names: they do not exist, as far as its author knew. C
+/// libraries that find ENOSYS use an older call; with any other error, or a signal, the program fails. Falls through
+/// for the others. A filter that is to refuse as little as possible, or says ENOSYS itself, has no need of it.
+fn unknown_calls(arch: Arch, seccomp: &Seccomp) -> Code {
+    let permissive = matches!(seccomp.default_action, Action::Allow | Action::Log | Action::Trace);
+    if permissive || seccomp.default_errno_ret == Some(errno(libc::ENOSYS)) {
+        return Code::new();
+    }
+    let names = seccomp.syscalls.iter().flat_map(|rule| &rule.names);
+    let newest = names.filter_map(|name| number(arch, name)).max();
+    newest.map_or_else(Code::new, |newest| {
+        vec![(JUMP_GREATER, 0, 1, newest | bit(arch)), (RETURN, 0, 0, RET_ERRNO | errno(libc::ENOSYS))]
+    })
+}
+
 /// The code for one architecture, with the number in the accumulator; always returns.
 fn block(arch: Arch, rules: &[(&Rule, u32)], default: u32) -> Result<Code, Error> {
     let mut calls: std::collections::BTreeMap<u32, Call> = std::collections::BTreeMap::new();
     for &(rule, verdict) in rules {
         for name in &rule.names {
-            let number = numbers(name).and_then(|numbers| numbers.get(arch as usize).copied()).unwrap_or(-1);
-            if let Ok(number) = u32::try_from(number) {
+            if let Some(number) = number(arch, name) {
                 add(calls.entry(number).or_default(), &rule.args, verdict);
             }
             if arch == Arch::I386 {
@@ -293,7 +322,7 @@ fn block(arch: Arch, rules: &[(&Rule, u32)], default: u32) -> Result<Code, Error
             }
         }
     }
-    let bit = if arch == Arch::X32 { X32_BIT } else { 0 };
+    let bit = bit(arch);
     let mut code = Code::new();
     let mut pending: Option<(u32, u32, u32)> = None;
     for (&number, call) in &calls {

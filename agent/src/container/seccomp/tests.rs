@@ -42,6 +42,34 @@ fn refusal(json: serde_json::Value) -> String {
 
 const NONE: [u64; 6] = [0; 6];
 
+/// A profile from before clone3(2), number 435 everywhere.
+#[test]
+fn calls_that_a_profile_does_not_know_do_not_exist() {
+    const CLONE3: u32 = 435;
+    let answer = |default: &str, errno: Option<i32>, number| {
+        let mut profile = serde_json::json!({
+            "defaultAction": default, "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "syscalls": [{"names": ["read", "pidfd_open"], "action": "SCMP_ACT_ALLOW"}],
+        });
+        if let Some(errno) = errno {
+            profile["defaultErrnoRet"] = errno.into();
+        }
+        let filter = filter(profile);
+        let native = run(&filter, AUDIT_ARCH_X86_64, number, NONE);
+        assert_eq!(run(&filter, AUDIT_ARCH_I386, number, NONE), native);
+        assert_eq!(run(&filter, AUDIT_ARCH_X86_64, number | X32_BIT, NONE), native);
+        native
+    };
+    let missing = RET_ERRNO | errno(libc::ENOSYS);
+    for default in ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"] {
+        assert_eq!(answer(default, None, CLONE3), missing, "{default}");
+        assert_eq!(answer(default, None, CLONE3 - 1), RET_ALLOW, "{default}: the newest that it knows");
+        assert_ne!(answer(default, None, CLONE3 - 2), missing, "{default}: one that it leaves out");
+    }
+    assert_eq!(answer("SCMP_ACT_ERRNO", Some(libc::EACCES), CLONE3), missing);
+    assert_eq!(answer("SCMP_ACT_LOG", None, CLONE3), RET_LOG);
+}
+
 #[test]
 fn every_action_has_its_value() {
     let cases = [
