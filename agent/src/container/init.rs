@@ -106,6 +106,9 @@ fn container(agent: &mut Agent, setup: &Blueprint) -> Result<(), Error> {
     // The agent's procfs: the container's own is never trusted.
     let procfs = open_path("/proc")?;
     let parts = rootfs::Parts::open(setup)?;
+    if linux.creates(NamespaceKind::User) {
+        console::map_streams(process, &linux.uid_mappings, &linux.gid_mappings);
+    }
     namespaces::enter(agent, &linux)?;
     if !fork(agent)? {
         return Ok(());
@@ -126,15 +129,19 @@ fn container(agent: &mut Agent, setup: &Blueprint) -> Result<(), Error> {
     finish(agent, identity, terminal, Some(setup))
 }
 
-fn exec(agent: &mut Agent, setup: ExecSetup) -> Result<(), Error> {
+fn exec(agent: &mut Agent, mut setup: ExecSetup) -> Result<(), Error> {
+    let (process, _) = Document::process(std::mem::take(&mut setup.process))?.into_parts();
+    let process = &process;
+    if setup.user_namespace {
+        let [uids, gids] = ["uid_map", "gid_map"].map(|file| namespaces::id_map(setup.init, file));
+        console::map_streams(process, &uids, &gids);
+    }
     namespaces::join(&setup)?;
     if !fork(agent)? {
         return Ok(());
     }
     new_session()?;
     let root = Root::new(open_path("/")?);
-    let (process, _) = Document::process(setup.process)?.into_parts();
-    let process = &process;
     let terminal = if process.terminal { Some(console::open(&root, process)?) } else { None };
     console::own_streams(&root, process)?;
     drop(root);

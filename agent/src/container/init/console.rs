@@ -10,7 +10,7 @@ use nix::unistd::{Gid, Uid, fchown};
 
 use super::root::Root;
 use crate::container::{Error, sys};
-use crate::oci::Process;
+use crate::oci::{IdMapping, Process};
 
 /// A pseudo-terminal of the container's devpts.
 pub(super) struct Terminal {
@@ -67,6 +67,27 @@ fn replace_stream(by: BorrowedFd<'_>, stream: i32) -> io::Result<()> {
     // SAFETY: the standard streams are nobody's but the program's to be.
     sys::check(unsafe { libc::dup2(by.as_raw_fd(), stream) }.into())?;
     Ok(())
+}
+
+/// Gives pipes to the user that a user namespace makes of the process's, as long as this process may: inside the
+/// namespace they are nobody's.
+pub(super) fn map_streams(process: &Process, uids: &[IdMapping], gids: &[IdMapping]) {
+    let outside = |maps: &[IdMapping], id: u32| {
+        maps.iter().find_map(|map| {
+            let offset = id.checked_sub(map.container_id).filter(|offset| *offset < map.size)?;
+            map.host_id.checked_add(offset)
+        })
+    };
+    let Some(uid) = outside(uids, process.user.uid) else { return };
+    let gid = outside(gids, process.user.gid).map(Gid::from_raw);
+    for stream in 0..=2 {
+        // SAFETY: the helper is started with all three open.
+        let fd = unsafe { BorrowedFd::borrow_raw(stream) };
+        if fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO) {
+            // The stream works all the same.
+            let _ = fchown(fd, Some(Uid::from_raw(uid)), gid);
+        }
+    }
 }
 
 /// Gives the streams to the user, so that it can open `/dev/stdout` anew, and exchanges the guest's null device, which

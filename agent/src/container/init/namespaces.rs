@@ -8,7 +8,7 @@ use libc::c_int;
 use super::Agent;
 use super::wire::{ExecSetup, Word};
 use crate::container::{Error, sys};
-use crate::oci::{Linux, NamespaceKind};
+use crate::oci::{IdMapping, Linux, NamespaceKind};
 
 fn flag(kind: NamespaceKind) -> c_int {
     match kind {
@@ -75,6 +75,17 @@ pub(super) fn join(setup: &ExecSetup) -> Result<(), Error> {
     }
     sys::setns(process.as_fd(), flags).map_err(failed())?;
     if setup.user_namespace { become_root() } else { Ok(()) }
+}
+
+/// How a process's user namespace maps ids, by its uid_map or gid_map; empty when that can not be told.
+pub(super) fn id_map(pid: u32, file: &str) -> Vec<IdMapping> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let lines = text.lines().map(|line| line.split_whitespace().map(str::parse));
+    let mappings = lines.filter_map(|mut numbers| {
+        let mut next = || numbers.next()?.ok();
+        Some(IdMapping { container_id: next()?, host_id: next()?, size: next()? })
+    });
+    mappings.collect()
 }
 
 /// Becomes root of the user namespace just entered, so that what is made belongs to it. A namespace that does not map
