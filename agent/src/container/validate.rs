@@ -456,7 +456,7 @@ mod tests {
                 "process.rlimits[0].type",
             ),
             ("/process/rlimits", json!([{"type": "RLIMIT_CPU", "soft": 2, "hard": 1}]), "process.rlimits[0]"),
-            ("/process/capabilities", json!({"bounding": ["CAP_WARP"]}), "process.capabilities.bounding"),
+            ("/process/capabilities", json!({"effective": ["CAP_KILL"]}), "process.capabilities.effective"),
             (
                 "/process/ioPriority",
                 json!({"class": "IOPRIO_CLASS_BE", "priority": 8}),

@@ -2,8 +2,9 @@
 
 use std::ffi::CString;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid};
@@ -69,24 +70,28 @@ pub(crate) struct CapabilitySets {
 }
 
 impl CapabilitySets {
-    /// Reads the sets. Names that do not exist are errors; an ambient one must be permitted and inheritable.
+    /// Reads the sets. Names that do not exist are warned of, as the specification demands: what can not be granted is
+    /// no reason to fail. An ambient one must be permitted and inheritable.
     pub(crate) fn parse(capabilities: Option<&Capabilities>) -> Result<CapabilitySets, Error> {
         let Some(capabilities) = capabilities else { return Ok(CapabilitySets::default()) };
         let set = |field: &str, names: &[String]| {
-            names.iter().try_fold(0_u64, |set, name| {
+            names.iter().fold(0_u64, |set, name| {
                 let bare = name.strip_prefix("CAP_").unwrap_or_default();
-                let number = CAPABILITIES.iter().position(|known| *known == bare);
-                number.map(|number| set | 1 << number).ok_or_else(|| {
-                    Error::invalid(format!("process.capabilities.{field}"), format!("there is no {name:?}"))
-                })
+                match CAPABILITIES.iter().position(|known| *known == bare) {
+                    Some(number) => set | 1 << number,
+                    None => {
+                        tracing::warn!(field, name, "there is no such capability");
+                        set
+                    }
+                }
             })
         };
         let sets = CapabilitySets {
-            bounding: set("bounding", &capabilities.bounding)?,
-            effective: set("effective", &capabilities.effective)?,
-            inheritable: set("inheritable", &capabilities.inheritable)?,
-            permitted: set("permitted", &capabilities.permitted)?,
-            ambient: set("ambient", &capabilities.ambient)?,
+            bounding: set("bounding", &capabilities.bounding),
+            effective: set("effective", &capabilities.effective),
+            inheritable: set("inheritable", &capabilities.inheritable),
+            permitted: set("permitted", &capabilities.permitted),
+            ambient: set("ambient", &capabilities.ambient),
         };
         if sets.effective & !sets.permitted != 0 {
             return Err(Error::invalid("process.capabilities.effective", "has more than is permitted"));
@@ -135,7 +140,9 @@ impl<'a> Identity<'a> {
             strings.map_err(|_| Error::invalid(format!("process.{field}"), "has a null byte"))
         };
         let mut env: Vec<CString> = strings("env", &process.env)?;
-        if !process.env.iter().any(|entry| entry.starts_with("HOME=")) {
+        // An empty one is none.
+        env.retain(|entry| entry.as_bytes() != b"HOME=");
+        if !env.iter().any(|entry| entry.as_bytes().starts_with(b"HOME=")) {
             let home = CString::new(format!("HOME={}", home(process.user.uid)));
             env.extend(home.ok());
         }
@@ -151,9 +158,9 @@ impl<'a> Identity<'a> {
 
     /// Finds out before the start whether there is a program at all.
     pub(super) fn check_program(&self) -> Result<(), Error> {
-        let mut refused = libc::ENOENT;
+        let (cwd, mut refused) = (&self.process.cwd, libc::ENOENT);
         for candidate in self.candidates() {
-            match std::fs::metadata(&candidate) {
+            match std::fs::metadata(cwd.join(candidate)) {
                 Ok(found) if found.is_file() => return Ok(()),
                 // What execve(2) would say. A directory that PATH has by this name is passed over.
                 Ok(_) if self.is_path() => refused = libc::EACCES,
@@ -177,16 +184,15 @@ impl<'a> Identity<'a> {
         Error::Exec { program: self.process.args.first().cloned().unwrap_or_default(), source }
     }
 
-    /// Paths of the program, by PATH if it has no slash.
+    /// Paths of the program from the working directory, by PATH if it has no slash.
     fn candidates(&self) -> Vec<PathBuf> {
         let program = self.process.args.first().map(String::as_str).unwrap_or_default();
-        let cwd = self.process.cwd.as_path();
         if self.is_path() {
-            return vec![cwd.join(program)];
+            return vec![program.into()];
         }
         let path = self.process.env.iter().rev().find_map(|entry| entry.strip_prefix("PATH="));
         let path = path.unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
-        path.split(':').map(|directory| cwd.join(directory).join(program)).collect()
+        path.split(':').map(|directory| Path::new(directory).join(program)).collect()
     }
 
     /// Takes on all that the program inherits.
@@ -308,7 +314,9 @@ fn home(uid: u32) -> String {
     use std::io::Read;
     let mut text = String::new();
     // The file is the container's: however big it is, this much is looked at.
-    if let Ok(file) = std::fs::File::open("/etc/passwd")
+    // So may be a FIFO in its place, which nobody writes to.
+    let options = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    if let Ok(file) = nix::fcntl::open("/etc/passwd", options, Mode::empty()).map(std::fs::File::from)
         && file.metadata().is_ok_and(|meta| meta.is_file())
     {
         let _ = file.take(1 << 20).read_to_string(&mut text);
@@ -328,7 +336,7 @@ mod tests {
     fn capabilities_are_bits() {
         let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
         let capabilities = Capabilities {
-            bounding: names(&["CAP_CHOWN", "CAP_CHECKPOINT_RESTORE"]),
+            bounding: names(&["CAP_CHOWN", "CAP_OF_TOMORROW", "KILL", "CAP_CHECKPOINT_RESTORE"]),
             permitted: names(&["CAP_KILL"]),
             effective: names(&["CAP_KILL"]),
             ..Capabilities::default()
@@ -347,8 +355,7 @@ mod tests {
             permitted: names(&["CAP_KILL"]),
             ..Capabilities::default()
         };
-        let unknown = Capabilities { bounding: names(&["KILL"]), ..Capabilities::default() };
-        for capabilities in [effective, ambient, unknown] {
+        for capabilities in [effective, ambient] {
             assert!(CapabilitySets::parse(Some(&capabilities)).is_err(), "{capabilities:?}");
         }
     }
