@@ -20,6 +20,7 @@
 //! | [`streams`] | standard streams between containerd's fifos and the guest |
 //! | [`events`] | events on their way to containerd |
 //! | [`oom_score`] | how readily the kernel ends the machine when the node is short of memory |
+//! | [`rest`] | what a shim with nothing to do gives back |
 //! | [`phases`] | where the time of a start goes |
 //! | [`directory`] | the pod's directory, and who owns it |
 //! | [`journal`] | the record of all that was made for a pod, and its undoing |
@@ -43,6 +44,7 @@ pub mod oom_score;
 pub mod options;
 pub mod phases;
 pub mod pod;
+pub mod rest;
 pub mod service;
 pub mod share;
 pub mod sizing;

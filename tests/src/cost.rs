@@ -15,7 +15,8 @@ use crate::{
 };
 
 /// The processes of a pod in a machine of its own, by the names of their files.
-const PROCESSES: [&str; 2] = ["containerd-shim-caisson-v2", "caisson-vmm"];
+const PROCESSES: [&str; 2] = [SHIM, "caisson-vmm"];
+const SHIM: &str = "containerd-shim-caisson-v2";
 
 /// How long each call took, in the order of a pod's life.
 #[derive(Clone, Debug, Default)]
@@ -84,13 +85,26 @@ impl Clock {
 /// # Errors
 /// When `/proc` can't be read.
 pub fn pss_kib() -> Result<BTreeMap<&'static str, u64>> {
+    held_kib("Pss:")
+}
+
+/// The resident set size of all pods' shims, in KiB.
+///
+/// # Errors
+/// When `/proc` can't be read.
+pub fn shims_rss_kib() -> Result<u64> {
+    Ok(held_kib("Rss:")?.get(SHIM).copied().unwrap_or_default())
+}
+
+/// The sums of a field of `/proc/PID/smaps_rollup` (proc_pid_smaps(5)).
+fn held_kib(field: &str) -> Result<BTreeMap<&'static str, u64>> {
     let mut found = BTreeMap::new();
     for (name, pid) in processes()? {
         // One that has ended since holds nothing.
         let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-        let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
-        let pss = pss.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0);
-        *found.entry(name).or_default() += pss;
+        let held = rollup.lines().find_map(|line| line.strip_prefix(field));
+        let held = held.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0);
+        *found.entry(name).or_default() += held;
     }
     Ok(found)
 }

@@ -17,6 +17,7 @@ use crate::events::Events;
 use crate::invocation::Invocation;
 use crate::log;
 use crate::pod::{Pod, Settings};
+use crate::rest::{self, Activity};
 use crate::service;
 
 /// How long containerd may take for the last events and answers.
@@ -29,8 +30,10 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 pub fn run(invocation: &Invocation) -> Result<(), ActionError> {
     let subject = Subject::of(invocation)?;
     log::to_containerd(&subject.namespace, &subject.id, invocation.debug);
+    rest::prepare();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .thread_keep_alive(rest::THREAD_KEEP_ALIVE)
         .build()
         .map_err(io_error("make an executor"))?;
     let served = runtime.block_on(serve(subject, invocation));
@@ -56,8 +59,11 @@ async fn serve(subject: Subject, invocation: &Invocation) -> Result<(), ActionEr
         config: config_files(invocation.config.clone()),
     };
     let pod = Arc::new(Pod::new(settings, events));
-    let mut server = Server::new().add_listener(listener.into()).register_service(service::all(&pod));
+    let activity = Activity::default();
+    let services = service::all(&pod, &activity);
+    let mut server = Server::new().add_listener(listener.into()).register_service(services);
     server.start().await?;
+    tokio::spawn(activity.rest_when_quiet());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
 
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("listen for signals"))?;

@@ -23,17 +23,18 @@ use self::sandbox::SandboxService;
 use self::task::TaskService;
 use crate::log;
 use crate::pod::{Pod, PodError};
+use crate::rest::Activity;
 
 /// The names under which the one task service is found: containerd 2, and before.
 const TASK_NAMES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
 
-/// All services of a pod, by name.
-pub fn all(pod: &Arc<Pod>) -> HashMap<String, Service> {
+/// All services of a pod, by name. Their calls are noted.
+pub fn all(pod: &Arc<Pod>, activity: &Activity) -> HashMap<String, Service> {
     let service = || create_task(Arc::new(TaskService::new(pod.clone())));
     let mut all = create_sandbox(Arc::new(SandboxService::new(pod.clone())));
     let tasks = |name: &'static str| service().into_values().map(move |service| (name.to_owned(), service));
     all.extend(TASK_NAMES.into_iter().flat_map(tasks));
-    all
+    all.into_iter().map(|(name, service)| (name, activity.of_calls(service))).collect()
 }
 
 /// Runs what must not stop half-way when containerd's call ends early, and turns its error into a status.
