@@ -79,6 +79,19 @@ impl Clock {
     }
 }
 
+/// The parts of each pod's start in milliseconds, as our shim logs them:
+/// `the pod is up phases=260.1 ms (cgroup 1.2, share 5.0, …)`.
+pub fn phases(log: &str) -> Vec<Vec<(&str, f64)>> {
+    let lines = log.lines().filter(|line| line.contains("the pod is up"));
+    let lists = lines.filter_map(|line| Some(line.split_once(" ms (")?.1.split_once(')')?.0));
+    lists.map(|list| list.split(", ").filter_map(phase).collect()).collect()
+}
+
+fn phase(part: &str) -> Option<(&str, f64)> {
+    let (name, time) = part.split_once(' ')?;
+    Some((name, time.parse().ok()?))
+}
+
 /// The proportional set size of all pods' processes, in KiB by the name of their file: memory that several processes
 /// share counts for each by its part. A machine's memory is its VMM's.
 ///

@@ -54,16 +54,10 @@ fn note(values: &mut Values, handler: &'static str, times: &Times) {
     add(values, "pod_ms", handler, times.until_started().as_secs_f64() * 1e3);
 }
 
-/// The parts of each pod's start, as our shim logs them: `the pod is up phases=260.1 ms (cgroup 1.2, share 5.0, …)`.
-/// The first pod is the one that warms up.
+/// The parts of each pod's start but the first one's, which warms up.
 fn note_phases(values: &mut Values, log: &str) {
-    for line in log.lines().filter(|line| line.contains("the pod is up")).skip(1) {
-        let parts = line.split_once(" ms (").and_then(|(_, rest)| rest.split_once(')'));
-        for part in parts.map_or("", |(parts, _)| parts).split(", ") {
-            if let Some((name, Ok(time))) = part.split_once(' ').map(|(name, time)| (name, time.parse())) {
-                add(values, &format!("phase_{name}_ms"), "caisson", time);
-            }
-        }
+    for (name, time) in cost::phases(log).into_iter().skip(1).flatten() {
+        add(values, &format!("phase_{name}_ms"), "caisson", time);
     }
 }
 

@@ -50,6 +50,7 @@ pub(crate) async fn run() -> Result<()> {
     println!("\n== a pod with a shell, through the handler `caisson`");
     let (shell_pod, shell, times) = cost::start_pod(&mut cri, "shell", "caisson").await?;
     print_times(&times, &runc);
+    print_phases(&node.containerd_log());
     print_views(&mut cri, &shell).await?;
 
     println!("\n== a pod with redis");
@@ -92,6 +93,14 @@ fn print_times(caisson: &Times, runc: &Times) {
     }
     let (ours, theirs) = (caisson.until_started(), runc.until_started());
     println!("{:20} {:>7.0} ms {:>7.0} ms", "until started", millis(ours), millis(theirs));
+}
+
+/// Where the time of the pod's machine goes, which is most of `run_pod_sandbox`.
+fn print_phases(log: &str) {
+    println!("of run_pod_sandbox, in caisson's shim:");
+    for (phase, time) in cost::phases(log).last().into_iter().flatten() {
+        println!("  {phase:18} {time:>7.1} ms");
+    }
 }
 
 fn millis(time: Duration) -> f64 {
