@@ -1,8 +1,7 @@
 //! What a process holds, from `/proc/PID/smaps` (proc_pid_smaps(5)).
 
-use std::fs;
-
 use anyhow::{Context, Result};
+use procfs::process::{MemoryMap, Process};
 
 /// A VMM's memory, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,54 +12,25 @@ pub(super) struct Memory {
     pub(super) guest: u64,
 }
 
-#[derive(Default)]
-struct Mapping {
-    start: u64,
-    end: u64,
-    rss: u64,
-    anonymous: u64,
-}
-
-/// Reads a process's memory. The guest's is the largest mapping and all that touch it without a gap: parts of
-/// it may be mapped from files.
+/// Reads a process's memory.
 pub(super) fn of(pid: u32) -> Result<Memory> {
-    let path = format!("/proc/{pid}/smaps");
-    Ok(parse(&fs::read_to_string(&path).with_context(|| format!("reading {path}"))?))
+    let maps = Process::new(pid.cast_signed()).and_then(|process| process.smaps());
+    Ok(add_up(&maps.with_context(|| format!("reading the mappings of process {pid}"))?.0))
 }
 
-fn parse(smaps: &str) -> Memory {
-    let mut mappings: Vec<Mapping> = Vec::new();
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let first = words.next().unwrap_or_default();
-        if let Some((start, end)) = first.split_once('-') {
-            let hex = |text| u64::from_str_radix(text, 16).unwrap_or_default();
-            mappings.push(Mapping { start: hex(start), end: hex(end), ..Mapping::default() });
-        } else if let Some(mapping) = mappings.last_mut() {
-            let kib = words.next().and_then(|word| word.parse().ok()).unwrap_or_default();
-            match first {
-                "Rss:" => mapping.rss = kib,
-                "Anonymous:" => mapping.anonymous = kib,
-                _ => {}
-            }
-        }
-    }
-    let Some(largest) = (0..mappings.len()).max_by_key(|&i| mappings[i].end - mappings[i].start) else {
-        return Memory::default();
-    };
-    let (mut first, mut last) = (largest, largest);
-    while first > 0 && mappings[first - 1].end == mappings[first].start {
-        first -= 1;
-    }
-    while last + 1 < mappings.len() && mappings[last].end == mappings[last + 1].start {
-        last += 1;
-    }
+/// The guest's memory is the largest mapping and all that touch it without a gap: parts of it may be mapped from files.
+fn add_up(mappings: &[MemoryMap]) -> Memory {
+    let size = |mapping: &MemoryMap| mapping.address.1 - mapping.address.0;
+    let runs: Vec<_> = mappings.chunk_by(|a, b| a.address.1 == b.address.0).collect();
+    let guest = runs.iter().enumerate().max_by_key(|(_, run)| run.iter().map(size).max());
+    let guest = guest.map(|(index, _)| index);
     let mut memory = Memory::default();
-    for (index, mapping) in mappings.iter().enumerate() {
-        if (first..=last).contains(&index) {
-            memory.guest += mapping.rss;
+    for (index, run) in runs.iter().enumerate() {
+        let sum = |field| run.iter().filter_map(|of| of.extension.map.get(field)).sum::<u64>() / 1024;
+        if Some(index) == guest {
+            memory.guest = sum("Rss");
         } else {
-            memory.private += mapping.anonymous;
+            memory.private += sum("Anonymous");
         }
     }
     memory
@@ -68,14 +38,17 @@ fn parse(smaps: &str) -> Memory {
 
 #[cfg(test)]
 mod tests {
+    use procfs::{FromRead, process::MemoryMaps};
+
     use super::*;
 
     #[test]
     fn guest_memory_is_told_apart() {
         let smaps = "1000-2000 rw-p 0 00:00 0 [heap]\nRss: 4 kB\nAnonymous: 4 kB\n\
                      10000-11000 r--p 0 00:00 0 vmlinux\nRss: 4 kB\nAnonymous: 0 kB\n\
-                     11000-90000 rw-p 0 00:00 0\nRss: 400 kB\nAnonymous: 400 kB\n\
-                     a0000-a1000 rw-p 0 00:00 0\nRss: 8 kB\nAnonymous: 8 kB\n";
-        assert_eq!(parse(smaps), Memory { private: 12, guest: 404 });
+                     11000-90000 rw-p 0 00:00 0 \nRss: 400 kB\nAnonymous: 400 kB\n\
+                     a0000-a1000 rw-p 0 00:00 0 \nRss: 8 kB\nAnonymous: 8 kB\n";
+        let maps = MemoryMaps::from_read(smaps.as_bytes()).unwrap();
+        assert_eq!(add_up(&maps.0), Memory { private: 12, guest: 404 });
     }
 }
