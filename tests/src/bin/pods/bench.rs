@@ -38,6 +38,7 @@ pub(crate) async fn run(runs: usize, results: &Path) -> Result<()> {
     let (pod, _, _) = cost::start_pod(&mut cri, "memory", "caisson").await?;
     tokio::time::sleep(REST).await;
     let memory = cost::pss_kib()?;
+    add(&mut values, "shim_rss_kb", "caisson", kib_of(cost::shims_rss_kib()?));
     cri.remove_pod(&pod).await?;
     for (process, kib) in &memory {
         add(&mut values, &format!("pss_kib_{process}"), "caisson", kib_of(*kib));
