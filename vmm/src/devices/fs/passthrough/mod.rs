@@ -97,9 +97,9 @@ fn check_name(name: &CStr) -> io::Result<()> {
     }
 }
 
-/// Whether a file that is opened with these flags is written at its end.
+/// Whether a file that is opened with these flags is written, and at its end.
 fn appends(flags: i32) -> bool {
-    flags & libc::O_APPEND != 0
+    flags & libc::O_APPEND != 0 && flags & libc::O_ACCMODE != libc::O_RDONLY
 }
 
 fn key(stat: &stat64, mount: u64) -> Key {
@@ -469,6 +469,8 @@ impl FileSystem for Passthrough {
         fuse_flags: u32,
     ) -> io::Result<usize> {
         let handle = self.table.handle(handle, inode)?;
+        // The handle's own mode is not enough: below, another way to the file may be opened.
+        self.check_writable()?;
         // Pages that were changed through a mapping are written by any handle of the file, and to their own
         // place.
         let placed = (from_cache && handle.appends)
@@ -513,6 +515,7 @@ impl FileSystem for Passthrough {
         len: u64,
     ) -> io::Result<()> {
         let handle = self.table.handle(handle, inode)?;
+        self.check_writable()?;
         sys::fallocate(&handle.file, mode, offset, len)
     }
 

@@ -363,6 +363,25 @@ fn a_read_only_share_changes_nothing() {
     assert_eq!(fs::read_dir(bench.dir.path()).unwrap().count(), 1);
 }
 
+/// Pages of a guest's cache are written by any handle, also by one that was opened to append: that must not
+/// make a file writable that nothing else does.
+#[test]
+fn a_file_that_is_only_read_is_not_written_from_the_cache_either() {
+    let append = libc::O_RDONLY | libc::O_APPEND;
+    for (read_only, refusal) in [(true, libc::EROFS), (false, libc::EBADF)] {
+        let mut bench = Bench::with(FsConfig { read_only, ..config() });
+        fs::write(bench.path("file"), "x").unwrap();
+        let node = bench.lookup(ROOT, "file").unwrap();
+        let handle = bench.open(node, append).unwrap();
+        for flags in [0, fuse_backend_rs::abi::fuse_abi::WRITE_CACHE] {
+            assert_eq!(bench.write((node, handle), 0, flags, b"y"), Err(refusal), "{read_only} {flags}");
+        }
+        let fallocate = [handle, 0, 9, 0].iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+        assert_eq!(bench.call(43, node, &fallocate), Err(refusal));
+        assert_eq!(fs::read(bench.path("file")).unwrap(), b"x");
+    }
+}
+
 #[test]
 fn is_saved_only_while_not_mounted() {
     let mut bench = Bench::new();
