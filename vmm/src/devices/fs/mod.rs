@@ -82,13 +82,21 @@ struct Active {
     mem: GuestMem,
     queues: Vec<Mutex<Queue>>,
     interrupt: Arc<dyn Interrupt>,
-    /// Requests of each queue that are with the workers.
-    in_flight: Mutex<Vec<u16>>,
+    in_flight: Mutex<InFlight>,
     idle: Condvar,
     /// What a worker found wrong with a queue when it completed a request.
     broken: Mutex<Option<DeviceError>>,
     /// The device was reset: what was not begun is dropped.
     cancelled: AtomicBool,
+}
+
+/// What is with the workers.
+struct InFlight {
+    /// The entries of each queue that the driver has not been given back.
+    taken: Vec<u16>,
+    /// Jobs that have not ended. One goes on for a moment after it has given its entry back, which the driver
+    /// may have offered again by then.
+    jobs: usize,
 }
 
 /// Workers that panicked have left what is under a lock consistent: values are only moved under it.
@@ -98,31 +106,38 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Active {
     fn wait(&self) {
-        let busy = |counts: &mut Vec<u16>| counts.iter().any(|count| *count > 0);
-        drop(self.idle.wait_while(lock(&self.in_flight), busy));
+        drop(self.idle.wait_while(lock(&self.in_flight), |in_flight| in_flight.jobs > 0));
     }
 
+    /// A job begins, with an entry of a queue.
     fn begin(&self, index: usize, size: u16) -> Result<(), DeviceError> {
-        let mut counts = lock(&self.in_flight);
-        match counts.get_mut(index) {
+        let mut in_flight = lock(&self.in_flight);
+        match in_flight.taken.get_mut(index) {
             Some(count) if *count < size => {
                 *count += 1;
+                in_flight.jobs += 1;
                 Ok(())
             }
             _ => Err(DeviceError::Driver { queue: index, what: "more requests than the queue has entries" }),
         }
     }
 
-    fn end(&self, index: usize) {
-        if let Some(count) = lock(&self.in_flight).get_mut(index) {
-            *count = count.saturating_sub(1);
-        }
+    /// A job has ended.
+    fn end(&self) {
+        let mut in_flight = lock(&self.in_flight);
+        in_flight.jobs = in_flight.jobs.saturating_sub(1);
+        drop(in_flight);
         self.idle.notify_all();
     }
 
+    /// Gives an entry back to the driver.
     fn complete(&self, index: usize, head: u16, len: u32) -> Result<(), virtio_queue::Error> {
         let Some(queue) = self.queues.get(index) else { return Ok(()) };
         let mut queue = lock(queue);
+        // First, as the driver may use the entry again at once.
+        if let Some(count) = lock(&self.in_flight).taken.get_mut(index) {
+            *count = count.saturating_sub(1);
+        }
         queue.add_used(&*self.mem, head, len)?;
         if queue.needs_notification(&*self.mem)? {
             self.interrupt.signal_queue(index);
@@ -220,7 +235,7 @@ impl Fs {
                     let _ = again.write(1);
                 }
             }
-            active.end(index);
+            active.end();
         }));
     }
 }
@@ -273,7 +288,7 @@ impl VirtioDevice for Fs {
         queues.iter_mut().for_each(|queue| queue.set_event_idx(event_idx));
         self.active = Some(Arc::new(Active {
             mem,
-            in_flight: Mutex::new(vec![0; queues.len()]),
+            in_flight: Mutex::new(InFlight { taken: vec![0; queues.len()], jobs: 0 }),
             queues: queues.into_iter().map(Mutex::new).collect(),
             interrupt,
             idle: Condvar::new(),

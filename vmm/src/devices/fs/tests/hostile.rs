@@ -232,6 +232,25 @@ fn a_broken_ring_ends_the_device() {
     bench.init().unwrap();
 }
 
+/// A driver that sees an entry come back may offer it again before the worker is done with the job.
+#[test]
+fn an_entry_that_was_given_back_may_be_used_at_once() {
+    let bench = Bench::new();
+    let active = bench.fs.active.as_ref().unwrap();
+    for _ in 0..QUEUE {
+        active.begin(1, QUEUE).unwrap();
+    }
+    assert!(matches!(active.begin(1, QUEUE), Err(DeviceError::Driver { queue: 1, .. })));
+    active.complete(1, 0, 0).unwrap();
+    active.begin(1, QUEUE).unwrap();
+    assert!(active.begin(1, QUEUE).is_err());
+    assert_eq!(lock(&active.in_flight).jobs, usize::from(QUEUE) + 1, "none of them has ended");
+    for _ in 0..=QUEUE {
+        active.end();
+    }
+    active.wait();
+}
+
 #[test]
 fn many_requests_at_once_are_all_answered() {
     let mut bench = Bench::new();
