@@ -64,7 +64,7 @@ pub enum Access {
     Append,
     /// To read and write.
     ReadWrite,
-    /// To write from the beginning, and made if it is not there.
+    /// To write, and made if it is not there. What is in it stays until it is known that it is to go.
     Create,
     /// A directory, to find files in.
     Directory,
@@ -83,7 +83,7 @@ impl Descriptors {
                     Access::Read => options.read(true),
                     Access::Append => options.append(true).create(true),
                     Access::ReadWrite => options.read(true).write(true),
-                    Access::Create => options.write(true).create(true).truncate(true),
+                    Access::Create => options.write(true).create(true).truncate(false),
                     Access::Directory => options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY),
                 };
                 options.open(path)

@@ -253,9 +253,11 @@ impl Supervisor {
             Command::Pause => self.machine()?.pause()?,
             Command::Resume => self.resume()?,
             Command::Snapshot { state, memory } => {
+                let machine = self.machine.as_mut().ok_or(NO_MACHINE)?;
+                // Before a file is made for nothing.
+                snapshot::check_paused(machine)?;
                 let state = descriptors.open("snapshot.state", &state, Access::Create)?;
                 let memory = descriptors.open("snapshot.memory", &memory, Access::Create)?;
-                let machine = self.machine.as_mut().ok_or(NO_MACHINE)?;
                 snapshot::save(&self.kvm, machine, &state, &memory)?;
             }
             Command::Metrics => return Ok(Reply::Metrics(self.machine()?.metrics())),

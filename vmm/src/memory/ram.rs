@@ -1,6 +1,6 @@
 //! The machine's memory and what backs each part of it.
 
-use std::{fs::File, io, sync::Arc};
+use std::{fs::File, io, os::unix::fs::MetadataExt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{
@@ -114,6 +114,8 @@ pub struct GuestRam {
     config: RamConfig,
     /// Where a file is mapped, privately.
     file_parts: Vec<Range>,
+    /// The device and the inode of that file.
+    backed_by: Option<(u64, u64)>,
     pub(super) split: Split,
 }
 
@@ -126,7 +128,13 @@ impl GuestRam {
         let regions = parts(&config).into_iter().map(|(start, len)| region(start, len, &config));
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
-        Ok(Self { mem: Arc::new(mem), config, file_parts: Vec::new(), split: Split::default() })
+        Ok(Self {
+            mem: Arc::new(mem),
+            config,
+            file_parts: Vec::new(),
+            backed_by: None,
+            split: Split::default(),
+        })
     }
 
     /// Maps memory that was saved to `file`, privately. The file must never change while the memory is in
@@ -137,7 +145,9 @@ impl GuestRam {
     pub fn from_file(config: RamConfig, file: File) -> Result<Self, RamError> {
         let parts = parts(&config);
         let expected: u64 = parts.iter().map(|(_, len)| len).sum();
-        let got = file.metadata().map_err(RamError::Memfd)?.len();
+        let metadata = file.metadata().map_err(RamError::Memfd)?;
+        let backed_by = Some((metadata.dev(), metadata.ino()));
+        let got = metadata.len();
         if got != expected {
             return Err(RamError::FileLength { expected, got });
         }
@@ -158,7 +168,7 @@ impl GuestRam {
         let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
         // What it was backed by before it was saved no longer matters.
         let config = RamConfig { backing: Backing::Anonymous, huge_pages: HugePages::Off, ..config };
-        Ok(Self { mem: Arc::new(mem), config, file_parts, split: Split::default() })
+        Ok(Self { mem: Arc::new(mem), config, file_parts, backed_by, split: Split::default() })
     }
 
     pub(super) fn regions(&self) -> impl Iterator<Item = &GuestRegionMmap<()>> {
@@ -207,6 +217,16 @@ impl GuestRam {
                 len: region.len(),
             })
             .collect()
+    }
+
+    /// Whether the memory shows this file: writing to it would change the guest's memory.
+    ///
+    /// # Errors
+    /// When the file cannot be looked at.
+    pub fn runs_from(&self, file: &File) -> io::Result<bool> {
+        let Some(backed_by) = self.backed_by else { return Ok(false) };
+        let metadata = file.metadata()?;
+        Ok((metadata.dev(), metadata.ino()) == backed_by)
     }
 
     pub(super) fn shows_file(&self, start: u64, len: u64) -> bool {

@@ -19,11 +19,14 @@ impl GuestRam {
         self.regions().map(|region| region.len()).sum()
     }
 
-    /// Writes the memory to an empty file. Nothing may write to it meanwhile.
+    /// Writes the memory to a file, in place of whatever is in it. Nothing may write to the memory meanwhile.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// When the file cannot be written, or is the one that the memory [shows](Self::runs_from).
     pub fn save(&self, file: &File) -> io::Result<()> {
+        if self.runs_from(file)? {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
         file.set_len(0)?;
         file.set_len(self.file_len())?;
         let everything = swap_is_in_use();
@@ -169,6 +172,20 @@ mod tests {
 
         let untouched = GuestRam::from_file(config(Backing::Anonymous), file).unwrap();
         assert_eq!((byte(&untouched, 4096), byte(&untouched, 8192)), (5, 5));
+    }
+
+    /// It would be cut off under the guest, and under every other machine that runs from it.
+    #[test]
+    fn a_memory_is_not_saved_to_the_file_that_it_shows() {
+        let ram = GuestRam::new(config(Backing::Anonymous)).unwrap();
+        ram.mem().write_slice(&[5; 4096], GuestAddress(0)).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        ram.save(file.as_file()).unwrap();
+        ram.save(file.as_file()).unwrap();
+        let restored = GuestRam::from_file(config(Backing::Anonymous), file.reopen().unwrap()).unwrap();
+        assert_eq!(restored.save(file.as_file()).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        assert!(restored.runs_from(file.as_file()).unwrap() && !ram.runs_from(file.as_file()).unwrap());
+        assert_eq!((byte(&restored, 0), file.as_file().metadata().unwrap().len()), (5, 8 << 20));
     }
 
     #[test]

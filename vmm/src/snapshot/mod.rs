@@ -21,7 +21,7 @@ mod vm;
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
+    io::{self, Read, Seek, Write},
     os::unix::fs::FileExt,
     sync::Arc,
     time::Instant,
@@ -47,6 +47,9 @@ pub enum SnapshotError {
     /// It runs.
     #[error("the machine must be paused")]
     Running,
+    /// A file that is to be written is the one that the machine's memory shows.
+    #[error("snapshot.{0}: the machine runs from this file; save it to another one")]
+    OwnFile(&'static str),
     /// A file could not be written or read.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
@@ -82,14 +85,6 @@ pub enum SnapshotError {
         /// This host's.
         here: String,
     },
-    /// The memory file belongs to another snapshot, or was cut short.
-    #[error("the memory file has {got} bytes, the snapshot's memory {expected}")]
-    MemoryLength {
-        /// What the state file says.
-        expected: u64,
-        /// What there is.
-        got: u64,
-    },
     /// A slot was named for which nothing was saved.
     #[error("the snapshot has no device in slot {0}")]
     NoSuchDevice(u8),
@@ -116,28 +111,49 @@ impl From<MachineError> for SnapshotError {
     }
 }
 
-/// Saves a paused machine: its state to `state_file`, its memory to `memory_file`, which must be empty.
+/// Whether a machine can be saved now.
 ///
 /// # Errors
-/// When it runs, or a part of it cannot be saved. The files are then of no use.
+/// When it runs.
+pub fn check_paused(machine: &Machine) -> Result<(), SnapshotError> {
+    if machine.processors().running() { Err(SnapshotError::Running) } else { Ok(()) }
+}
+
+/// Saves a paused machine: its state to `state_file`, its memory to `memory_file`, in place of whatever is in
+/// them.
+///
+/// # Errors
+/// When it runs, or from one of the files, which are then as they were; or when a part of it cannot be saved.
+/// The files are then of no use.
 pub fn save(
     kvm: &Kvm,
     machine: &mut Machine,
     state_file: &File,
     memory_file: &File,
 ) -> Result<(), SnapshotError> {
-    if machine.processors().running() {
-        return Err(SnapshotError::Running);
+    check_paused(machine)?;
+    for (name, file) in [("state", state_file), ("memory", memory_file)] {
+        if machine.ram().runs_from(file).map_err(|e| SnapshotError::Io("looking at a snapshot's file", e))? {
+            return Err(SnapshotError::OwnFile(name));
+        }
     }
     let result = MachineState::of(kvm, machine).and_then(|state| {
         machine.ram().save(memory_file).map_err(|e| SnapshotError::Io("writing the memory file", e))?;
         let bytes = format::encode(&state)?;
-        let mut file = state_file;
-        file.write_all(&bytes).map_err(|e| SnapshotError::Io("writing the state file", e))
+        replace(state_file, &bytes).map_err(|e| SnapshotError::Io("writing the state file", e))
     });
     // What devices took back to be saved they may do again, whether or not it worked.
     machine.slots().kick_all();
     result
+}
+
+/// Writes `bytes` to a file, in place of what is in it, or to a pipe.
+fn replace(mut file: &File, bytes: &[u8]) -> io::Result<()> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+        file.rewind()?;
+    }
+    file.write_all(bytes)
 }
 
 /// Everything that a restored machine needs, open.
