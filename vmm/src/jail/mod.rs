@@ -92,7 +92,8 @@ pub struct JailConfig {
     /// (`fs.file-max`), but not less than 20,480 and not more than 1,048,576. Never more than the limit the
     /// process came with.
     pub max_open_files: Option<u64>,
-    /// The longest file that may be written, in bytes. Disks, snapshots and logs are files.
+    /// The longest file that may be written, in bytes. Disks, snapshots and logs are files. Writing more is an
+    /// error like that of a full disk.
     pub max_file_size: Option<u64>,
     /// What happens to a system call that a thread has no business making.
     pub seccomp: seccomp::Mode,

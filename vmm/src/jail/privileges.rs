@@ -11,6 +11,7 @@ use nix::{
     sys::{
         prctl,
         resource::{Resource, getrlimit, setrlimit},
+        signal::{SigHandler, Signal, signal},
     },
     unistd::{Gid, Uid, setgroups, setresgid, setresuid},
 };
@@ -51,11 +52,16 @@ pub enum LandlockStatus {
 }
 
 /// Sets the limits of the process. With a user of its own that includes the number of its threads.
+///
+/// Whoever would make a file too long gets an error (EFBIG): a guest that fills a disk, and a console that
+/// writes to a file, are no reason for the machine to end by a signal.
 pub(super) fn limit_resources(
     config: &JailConfig,
     max_open_files: u64,
     own_user: bool,
 ) -> Result<(), JailError> {
+    // SAFETY: the signal is ignored, so no code runs as its handler.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.map_err(step("ignoring SIGXFSZ"))?;
     let mut limits = vec![
         (Resource::RLIMIT_NOFILE, max_open_files),
         (Resource::RLIMIT_CORE, 0),

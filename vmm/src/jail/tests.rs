@@ -6,7 +6,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::fs::{MetadataExt, PermissionsExt},
+        unix::fs::{FileExt, MetadataExt, PermissionsExt},
     },
     path::Path,
     time::{Duration, Instant},
@@ -125,6 +125,20 @@ fn field<'a>(status: &'a str, name: &str) -> Vec<&'a str> {
 
 fn namespace(pid: Pid, kind: &str) -> std::path::PathBuf {
     std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap()
+}
+
+#[test]
+fn a_file_that_grows_too_long_is_an_error_and_not_the_end() {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    let config = JailConfig { max_file_size: Some(4096), ..JailConfig::default() };
+    let outcome = jailed(config, |_, report| {
+        let file = File::from(memfd_create("file", MFdFlags::MFD_CLOEXEC).unwrap());
+        let write = |at| file.write_at(b"x", at).map_err(|error| error.raw_os_error());
+        writeln!(report, "{:?}", (write(4095), write(4096) == Err(Some(libc::EFBIG)))).unwrap();
+        0
+    });
+    assert_eq!(outcome.report, "(Ok(1), true)\n");
+    assert!(matches!(outcome.status, WaitStatus::Exited(_, 0)), "{:?}", outcome.status);
 }
 
 #[test]
