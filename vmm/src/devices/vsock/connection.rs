@@ -128,6 +128,11 @@ impl Connection {
         self.key
     }
 
+    /// Whether the guest has heard of it.
+    pub(super) fn is_known(&self) -> bool {
+        self.state != State::Requesting
+    }
+
     /// Takes in a packet of the guest.
     pub(super) fn on_packet(&mut self, header: &Header) -> Result<Effect, Violation> {
         let op = header.op().ok_or(Violation::Operation)?;

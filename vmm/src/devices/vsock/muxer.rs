@@ -268,7 +268,8 @@ impl Muxer {
             }
             Effect::Accepted => {
                 if !stream.send_line(&format!("OK {}\n", connection.key().host_port)) {
-                    return self.end(token);
+                    // The client has gone meanwhile, and the guest believes that it is there.
+                    return self.abort(token);
                 }
                 self.set_deadline(token, None);
                 self.metrics.opened.inc();
@@ -377,7 +378,7 @@ impl Muxer {
 
     /// Draws the conclusions from whatever just changed about a connection.
     fn follow_up(&mut self, token: Token) {
-        let (guest_cid, close) = (self.guest_cid, self.timeouts.close);
+        let close = self.timeouts.close;
         let Some(Peer { stream, connection: Some(connection), queued, orphaned, deadline, .. }) =
             self.peer(token)
         else {
@@ -396,9 +397,7 @@ impl Muxer {
             stream.stop_reading();
         }
         if connection.is_over() {
-            let reset = connection.reset(guest_cid);
-            self.resets.push_back(reset);
-            return self.end(token);
+            return self.abort(token);
         }
         if stream.refuses() {
             connection.host_takes_no_more();
@@ -431,12 +430,17 @@ impl Muxer {
 
     fn violated(&mut self, token: Token, what: &dyn std::fmt::Display) {
         self.metrics.violations.inc();
-        let guest_cid = self.guest_cid;
         if let Some(connection) = self.peer(token).and_then(|peer| peer.connection.as_ref()) {
             warn!(key = ?connection.key(), "the guest broke the protocol: {what}");
-            let reset = connection.reset(guest_cid);
-            self.resets.push_back(reset);
         }
+        self.abort(token);
+    }
+
+    /// Ends a connection for both sides.
+    fn abort(&mut self, token: Token) {
+        let guest_cid = self.guest_cid;
+        let reset = self.peer(token).and_then(|peer| Some(peer.connection.as_ref()?.reset(guest_cid)));
+        self.resets.extend(reset);
         self.end(token);
     }
 
@@ -447,10 +451,13 @@ impl Muxer {
             }
             self.deadlines.pop_first();
             self.metrics.timeouts.inc();
-            let guest_cid = self.guest_cid;
-            let reset = self.peer(token).and_then(|peer| Some(peer.connection.as_ref()?.reset(guest_cid)));
-            self.resets.extend(reset);
-            self.end(token);
+            let connection = self.peer(token).and_then(|peer| peer.connection.as_ref());
+            // A guest that offers no buffers never hears of a connection, so resets would only pile up.
+            if connection.is_some_and(Connection::is_known) {
+                self.abort(token);
+            } else {
+                self.end(token);
+            }
         }
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept_at = None;

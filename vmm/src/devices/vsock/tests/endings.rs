@@ -150,6 +150,31 @@ fn a_guest_that_does_not_answer_is_not_waited_for() {
 }
 
 #[test]
+fn a_client_that_left_before_the_answer_is_reported() {
+    let mut guest = Guest::new();
+    let client = guest.client(7);
+    let port = guest.expect(Op::Request).src_port;
+    drop(client);
+    guest.send(header(Op::Response, 7, port), &[]);
+    guest.expect(Op::Rst);
+    assert_eq!(guest.metrics().closed.get(), 1);
+}
+
+/// Resets wait for receive buffers, and a guest need not offer any.
+#[test]
+fn a_guest_that_takes_no_packets_has_no_resets_piled_up_for_it() {
+    let mut guest = Guest::bare();
+    let mut clients: Vec<_> = (0..20).map(|port| guest.client(port)).collect();
+    guest.run();
+    std::thread::sleep(Duration::from_millis(60));
+    guest.run();
+    assert_eq!(guest.metrics().timeouts.get(), 20);
+    assert!(clients.iter_mut().all(|client| client.read(&mut [0]).unwrap() == 0));
+    guest.offer_rx(0);
+    guest.expect_nothing();
+}
+
+#[test]
 fn deadlines_wake_the_event_loop() {
     use crate::virtio::VirtioDevice;
     let mut guest = Guest::new();
