@@ -288,6 +288,18 @@ fn a_device_that_gives_up_is_left_alone_until_its_reset() {
     assert_eq!(bench.edges.0.load(Ordering::Relaxed), 1);
     bench.write(0x50, 0);
     assert_eq!(bench.log.lock().unwrap().processed.len(), 1);
+    // What is ready and never dealt with would keep the event loop busy.
+    let watched = |bench: &Bench| [&bench.watched.0, &bench.watched.1].map(|n| n.load(Ordering::Relaxed));
+    assert_eq!(watched(&bench), [1, 1]);
+    bench.write(0x70, 0);
+    assert_eq!(watched(&bench), [1, 1]);
+    bench.log.lock().unwrap().fail = false;
+    bench.negotiate(1, 1);
+    bench.set_up_queue(0, 0x1_0000);
+    bench.write(0x70, 15);
+    assert_eq!(watched(&bench), [2, 1]);
+    drop(bench.transport);
+    assert_eq!(bench.watched.1.load(Ordering::Relaxed), 2);
 }
 
 #[test]

@@ -42,6 +42,8 @@ pub struct MmioTransport {
     queues: Vec<Queue>,
     /// The device has been activated and not been reset since.
     active: bool,
+    /// Its poll sources are watched.
+    watched: bool,
 }
 
 impl MmioTransport {
@@ -65,6 +67,7 @@ impl MmioTransport {
             queue_sel: 0,
             queues,
             active: false,
+            watched: false,
         }
     }
 
@@ -121,9 +124,25 @@ impl MmioTransport {
         let activation = self.activation();
         self.device.activate(activation).map_err(TransportStateError::Activate)?;
         self.active = true;
-        self.watcher
-            .watch(&self.device.poll_sources())
+        // A device that had failed when it was saved is not asked again before its driver resets it.
+        if self.status.contains(Status::NEEDS_RESET) {
+            return Ok(());
+        }
+        self.watch()
             .map_err(|error| TransportStateError::Activate(crate::virtio::ActivateError::Backend(error)))
+    }
+
+    fn watch(&mut self) -> std::io::Result<()> {
+        // Also when it fails, as a part of them may be watched by then.
+        self.watched = true;
+        self.watcher.watch(&self.device.poll_sources())
+    }
+
+    /// Nobody asks the device any more, so what makes a source ready would never be dealt with.
+    fn unwatch(&mut self) {
+        if std::mem::take(&mut self.watched) {
+            self.watcher.unwatch(&self.device.poll_sources());
+        }
     }
 
     /// Continues a restored device: notifications and interrupts may have been on their way when it was
@@ -369,7 +388,7 @@ impl MmioTransport {
         let activated = self.device.activate(activation).map_err(Box::<dyn std::error::Error>::from);
         let watched = activated.and_then(|()| {
             self.active = true;
-            Ok(self.watcher.watch(&self.device.poll_sources())?)
+            Ok(self.watch()?)
         });
         if let Err(error) = watched {
             tracing::warn!(device = ?self.device.id(), error = &*error, "device could not be activated");
@@ -397,6 +416,7 @@ impl MmioTransport {
 
     fn fail(&mut self) {
         self.status |= Status::NEEDS_RESET;
+        self.unwatch();
         // A driver that is not set up yet will read the status; one that is wants to be told.
         if self.status.contains(Status::DRIVER_OK) {
             self.interrupt.signal_config();
@@ -405,10 +425,8 @@ impl MmioTransport {
 
     /// Back to power-on. The configuration generation alone goes on counting.
     pub fn reset(&mut self) {
-        if self.active {
-            self.watcher.unwatch(&self.device.poll_sources());
-            self.active = false;
-        }
+        self.unwatch();
+        self.active = false;
         self.device.reset();
         self.interrupt.clear();
         self.status = Status::empty();
@@ -422,9 +440,7 @@ impl MmioTransport {
 
 impl Drop for MmioTransport {
     fn drop(&mut self) {
-        if self.active {
-            self.watcher.unwatch(&self.device.poll_sources());
-        }
+        self.unwatch();
     }
 }
 
