@@ -7,12 +7,14 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Mutex,
     time::Instant,
 };
 
 use caisson_vmm::{
     config::{FileSource, MachineConfig},
     control::{Supervisor, protocol::RestoreCommand, socket, supervisor::SupervisorError},
+    devices::serial::ConsoleSink,
     heap,
     jail::{Inherited, Jail, JailConfig, Side},
     machine::{ExitReason, shares::Shares},
@@ -21,6 +23,9 @@ use caisson_vmm::{
 };
 use clap::Parser;
 use tracing::level_filters::LevelFilter;
+
+/// The most that is logged in a second, in bytes, and at once.
+const LOG_RATE: u64 = 64 << 10;
 
 /// Runs one microVM.
 #[derive(Parser)]
@@ -52,7 +57,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     tracing_subscriber::fmt()
         .with_max_level(arguments.log_level)
-        .with_writer(std::io::stderr)
+        // What a guest does wrong is logged, and it may do wrong all the time.
+        .with_writer(Mutex::new(ConsoleSink::named("log", Some(std::io::stderr()), LOG_RATE)))
         .with_ansi(false)
         .init();
     match run(&arguments, birth) {

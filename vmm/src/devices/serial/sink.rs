@@ -22,9 +22,12 @@ pub struct ConsoleMetrics {
 /// Where console output goes: never faster than the limit, and never waiting for whoever reads it.
 ///
 /// A guest can print without end; what it prints must neither fill the node's log nor stop its own
-/// processors.
-pub struct ConsoleSink {
-    out: Option<File>,
+/// processors. The same goes for the lines that it causes in the log of this process, which therefore takes
+/// this way as well.
+pub struct ConsoleSink<W = File> {
+    out: Option<W>,
+    /// What is missing a part, in the note that says so.
+    name: &'static str,
     /// Bytes per second, and as many at once.
     rate: u64,
     tokens: u64,
@@ -34,11 +37,22 @@ pub struct ConsoleSink {
     metrics: Arc<ConsoleMetrics>,
 }
 
+/// What a pipe that has room at all takes without waiting (pipe(7), PIPE_BUF).
+const PIECE: usize = 4096;
+
 impl ConsoleSink {
     /// A sink that writes to `out`, or nowhere, at most `rate` bytes per second (with a burst of as many).
     #[must_use]
     pub fn new(out: Option<File>, rate: u64) -> Self {
-        Self { out, rate, tokens: rate, refilled: Instant::now(), gap: 0, metrics: Arc::default() }
+        Self::named("console", out, rate)
+    }
+}
+
+impl<W: Write + AsRawFd> ConsoleSink<W> {
+    /// The same for something else than a console, by its name.
+    #[must_use]
+    pub fn named(name: &'static str, out: Option<W>, rate: u64) -> Self {
+        Self { out, name, rate, tokens: rate, refilled: Instant::now(), gap: 0, metrics: Arc::default() }
     }
 
     /// Its counters.
@@ -67,18 +81,18 @@ impl ConsoleSink {
 
     fn put(&mut self, data: &[u8]) -> bool {
         let Some(out) = &mut self.out else { return true };
-        writable(out) && out.write_all(data).is_ok()
+        data.chunks(PIECE).all(|piece| writable(out) && out.write_all(piece).is_ok())
     }
 }
 
 /// Whether a write would not block. For a pipe this says that there is room for a page.
-fn writable(file: &File) -> bool {
+fn writable(file: &impl AsRawFd) -> bool {
     let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     // SAFETY: one valid entry, as many as the count says; a timeout of zero does not wait.
     unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLOUT != 0 }
 }
 
-impl Write for ConsoleSink {
+impl<W: Write + AsRawFd> Write for ConsoleSink<W> {
     /// Takes everything; what cannot be written is counted.
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let len = data.len() as u64;
@@ -88,7 +102,7 @@ impl Write for ConsoleSink {
             return Ok(data.len());
         }
         if self.gap > 0 {
-            let note = format!("\n[console: {} bytes dropped]\n", std::mem::take(&mut self.gap));
+            let note = format!("\n[{}: {} bytes dropped]\n", self.name, std::mem::take(&mut self.gap));
             self.put(note.as_bytes());
         }
         if self.put(data) {
@@ -136,6 +150,11 @@ mod tests {
         for _ in 0..100 {
             sink.write_all(&[b'x'; 4096]).unwrap();
         }
+        assert!(sink.metrics().bytes_dropped.get() > 0);
+        // Not even for one that is longer than what there is room for.
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let mut sink = ConsoleSink::named("log", Some(writer), u64::MAX);
+        sink.write_all(&vec![b'x'; 1 << 20]).unwrap();
         assert!(sink.metrics().bytes_dropped.get() > 0);
     }
 }
