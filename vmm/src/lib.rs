@@ -15,6 +15,7 @@
 //! | [`jail`] | what is left to a process whose guest has broken out |
 //! | [`seccomp`] | system call filters, thread by thread |
 //! | [`metrics`] | lock-free counters |
+//! | [`passing`] | descriptors that come with a message |
 //! | [`rate_limiter`] | token buckets for bytes and operations |
 //! | [`heap`] | how threads share the heap |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
@@ -31,6 +32,7 @@ pub mod jail;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod passing;
 pub mod probe;
 pub mod rate_limiter;
 pub mod resources;

@@ -81,7 +81,7 @@ impl Client {
 
     fn receive(&self) -> Result<Message, ClientError> {
         match (socket::receive(self.socket.as_fd(), true)?, &self.ended) {
-            (Some((data, _)), _) => Ok(serde_json::from_slice(&data)?),
+            (Some(packet), _) => Ok(serde_json::from_slice(&packet.data)?),
             (None, Some(reason)) => Err(ClientError::Ended(reason.clone())),
             (None, None) => Err(ClientError::Closed),
         }

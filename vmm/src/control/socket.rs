@@ -6,21 +6,19 @@ use std::{
     path::Path,
 };
 
-use nix::{
-    cmsg_space,
-    sys::{
-        socket::{
-            AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-            UnixAddr, accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, socket, sockopt,
-        },
-        stat::{Mode, umask},
+use nix::sys::{
+    socket::{
+        AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
+        connect, getsockopt, listen, recvmsg, sendmsg, socket, sockopt,
     },
+    stat::{Mode, umask},
 };
+
+pub use crate::passing::MAX_DESCRIPTORS;
+use crate::passing::{self, Received};
 
 /// The longest message.
 pub const MAX_MESSAGE: usize = 128 << 10;
-/// The most descriptors in one message.
-pub const MAX_DESCRIPTORS: usize = 64;
 
 /// Makes a socket at `path`, which only this user can reach, and listens.
 ///
@@ -74,8 +72,16 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// Sends a packet.
 ///
 /// # Errors
-/// When the peer is gone; with `wait` false also when it does not keep up.
+/// When the peer is gone, or there is more than a packet holds; with `wait` false also when it does not keep
+/// up.
 pub fn send(socket: BorrowedFd<'_>, data: &[u8], descriptors: &[RawFd], wait: bool) -> io::Result<()> {
+    if data.len() > MAX_MESSAGE || descriptors.len() > MAX_DESCRIPTORS {
+        let (bytes, count) = (data.len(), descriptors.len());
+        let what = format!(
+            "{bytes} bytes and {count} descriptors, where {MAX_MESSAGE} and {MAX_DESCRIPTORS} are possible"
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
     let rights = [ControlMessage::ScmRights(descriptors)];
     let control = if descriptors.is_empty() { &[][..] } else { &rights[..] };
     let flags = MsgFlags::MSG_NOSIGNAL | if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
@@ -90,33 +96,30 @@ fn next_length(socket: BorrowedFd<'_>, flags: MsgFlags) -> io::Result<usize> {
     Ok(recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut [IoSliceMut::new(&mut [])], None, flags)?.bytes)
 }
 
+/// A packet.
+#[derive(Debug)]
+pub struct Packet {
+    /// What it says.
+    pub data: Vec<u8>,
+    /// What came with it.
+    pub descriptors: Vec<OwnedFd>,
+    /// It was longer than [`MAX_MESSAGE`], or not all of its descriptors could be taken.
+    pub truncated: bool,
+}
+
 /// Receives a packet; `None` when the peer has closed its end.
 ///
 /// # Errors
-/// [`io::ErrorKind::InvalidData`] when the packet was longer, or had more descriptors, than is allowed.
-pub fn receive(socket: BorrowedFd<'_>, wait: bool) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
+/// When the connection fails; with `wait` false also when there is no packet.
+pub fn receive(socket: BorrowedFd<'_>, wait: bool) -> io::Result<Option<Packet>> {
+    let flags = if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
     let mut data = vec![0; next_length(socket, flags)?.min(MAX_MESSAGE)];
-    let mut control = cmsg_space!([RawFd; MAX_DESCRIPTORS]);
-    let mut parts = [IoSliceMut::new(&mut data)];
-    let received = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
-    let mut descriptors = Vec::new();
-    for message in received.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            // SAFETY: the kernel has just installed them for this process, and nothing else owns them.
-            descriptors.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    let truncated = received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-    let len = received.bytes;
-    if truncated {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    if len == 0 && descriptors.is_empty() {
+    let Received { len, descriptors, truncated } = passing::receive(socket, &mut data, flags.bits())?;
+    if len == 0 && descriptors.is_empty() && !truncated {
         return Ok(None);
     }
     data.truncate(len);
-    Ok(Some((data, descriptors)))
+    Ok(Some(Packet { data, descriptors, truncated }))
 }
 
 #[cfg(test)]
@@ -136,12 +139,22 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         send(client.as_fd(), b"one", &[file.as_raw_fd()], true).unwrap();
         send(client.as_fd(), b"two", &[], true).unwrap();
-        let (data, descriptors) = receive(server.as_fd(), false).unwrap().unwrap();
-        assert_eq!((data.as_slice(), descriptors.len()), (&b"one"[..], 1));
-        let (data, descriptors) = receive(server.as_fd(), false).unwrap().unwrap();
-        assert_eq!((data.as_slice(), descriptors.len()), (&b"two"[..], 0));
+        let packet = receive(server.as_fd(), false).unwrap().unwrap();
+        assert_eq!((packet.data.as_slice(), packet.descriptors.len()), (&b"one"[..], 1));
+        let packet = receive(server.as_fd(), false).unwrap().unwrap();
+        assert_eq!((packet.data.as_slice(), packet.descriptors.len()), (&b"two"[..], 0));
         drop(client);
         assert!(receive(server.as_fd(), false).unwrap().is_none());
+    }
+
+    #[test]
+    fn more_than_a_packet_holds_is_not_sent() {
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let refused = |data: &[u8], descriptors: &[RawFd]| {
+            send(ours.as_fd(), data, descriptors, true).unwrap_err().kind() == io::ErrorKind::InvalidInput
+        };
+        assert!(refused(&vec![0; MAX_MESSAGE + 1], &[]));
+        assert!(refused(b"x", &[ours.as_raw_fd(); MAX_DESCRIPTORS + 1]));
     }
 
     #[test]

@@ -195,7 +195,9 @@ impl Supervisor {
             if self.machine.is_none() && !self.controllers.any() {
                 return Err(SupervisorError::State("there is no machine, and nobody to make one"));
             }
-            let ready = self.poller.wait(-1).map_err(|e| SupervisorError::Host("waiting for events", e))?;
+            let ready = self.poller.wait(self.controllers.patience());
+            let ready = ready.map_err(|e| SupervisorError::Host("waiting for events", e))?;
+            self.controllers.reopen();
             for (token, events) in ready {
                 match token {
                     Token::Listener => self.controllers.accept(),

@@ -17,19 +17,18 @@ use std::{
     collections::BTreeSet,
     fmt, io,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
 };
 
-use nix::{
-    errno::Errno,
-    sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect,
-        recvmsg, sendmsg, socket, socketpair,
-    },
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
+    socketpair,
 };
+
+use crate::passing;
 
 /// Finds the host's end of a connection that the guest opens.
 pub trait Dialer: Send {
@@ -149,30 +148,13 @@ impl DialReceiver {
     pub fn accept(&self) -> io::Result<Option<(u32, UnixStream)>> {
         loop {
             let mut port = [0; 4];
-            let mut control = nix::cmsg_space!([i32; 1]);
-            let mut buffers = [io::IoSliceMut::new(&mut port)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message =
-                match recvmsg::<UnixAddr>(self.socket.as_raw_fd(), &mut buffers, Some(&mut control), flags) {
-                    Ok(message) => message,
-                    Err(Errno::EINTR) => continue,
-                    Err(error) => return Err(error.into()),
-                };
-            let length = message.bytes;
-            let mut streams = Vec::new();
-            for received in message.cmsgs()? {
-                if let ControlMessageOwned::ScmRights(descriptors) = received {
-                    streams.extend(descriptors.into_iter().map(|fd| {
-                        // SAFETY: the kernel has just made this descriptor, for us alone.
-                        unsafe { OwnedFd::from_raw_fd(fd) }
-                    }));
-                }
-            }
+            let received = passing::receive(self.socket.as_fd(), &mut port, 0)?;
+            let (length, mut streams) = (received.len, received.descriptors);
             match streams.pop() {
-                Some(stream) if length == port.len() && streams.is_empty() => {
+                Some(stream) if length == port.len() && streams.is_empty() && !received.truncated => {
                     return Ok(Some((u32::from_le_bytes(port), stream.into())));
                 }
-                None if length == 0 => return Ok(None),
+                None if length == 0 && !received.truncated => return Ok(None),
                 _ => {}
             }
         }
