@@ -39,13 +39,16 @@ use crate::{
         MachineShape,
         slots::{MAX_SLOTS, Slots},
     },
-    memory::{Backing, HugePages, RamConfig, layout::MMIO_SLOT_SIZE},
+    memory::{
+        Backing, HugePages, RamConfig,
+        layout::{MAX_SIZE, MMIO_SLOT_SIZE},
+    },
 };
 
 /// The least memory in which a kernel can unpack itself, in MiB.
 const MIN_MEMORY_MIB: u64 = 16;
-/// The most memory, in MiB: 1 TiB.
-const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// The most memory, in MiB.
+const MAX_MEMORY_MIB: u64 = MAX_SIZE >> 20;
 /// Linux plugs and unplugs memory in blocks of this many MiB.
 const HOTPLUG_BLOCK_MIB: u64 = 128;
 

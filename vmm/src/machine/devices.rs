@@ -66,6 +66,9 @@ pub enum DeviceBuildError {
     /// The machine has no address space for it.
     #[error("the machine was made without hotpluggable memory")]
     NoHotplugMemory,
+    /// A saved memory device over something else than the machine's hotpluggable memory.
+    #[error("the snapshot's memory device is not over the machine's hotpluggable memory")]
+    OtherMemory,
     /// What was saved is another kind of device than what is to be restored.
     #[error("the snapshot has another kind of device in this slot")]
     WrongKind,
@@ -107,7 +110,14 @@ impl Workshop<'_> {
             (DeviceState::Balloon(state), None) => {
                 Box::new(Balloon::from_state(state, self.ram.clone()).map_err(DeviceBuildError::Balloon)?)
             }
-            (DeviceState::Mem(state), None) => Box::new(MemoryDevice::from_state(state, self.blocks()?)?),
+            (DeviceState::Mem(state), None) => {
+                let expected =
+                    MemoryConfig { requested_size: state.config.requested_size, ..self.memory_config()? };
+                if state.config != expected {
+                    return Err(DeviceBuildError::OtherMemory);
+                }
+                Box::new(MemoryDevice::from_state(state, self.blocks()?)?)
+            }
             (DeviceState::Block(state), Some(OpenDevice::Block(_, files))) => {
                 Box::new(Block::from_state(state.clone(), files)?)
             }
@@ -129,10 +139,12 @@ impl Workshop<'_> {
 
     /// Makes the memory device over the machine's hotpluggable range.
     pub(super) fn memory(&self) -> Result<Box<dyn VirtioDevice>, DeviceBuildError> {
+        Ok(Box::new(MemoryDevice::new(self.memory_config()?, self.blocks()?)?))
+    }
+
+    fn memory_config(&self) -> Result<MemoryConfig, DeviceBuildError> {
         let range = self.ram.hotplug_range().ok_or(DeviceBuildError::NoHotplugMemory)?;
-        let config =
-            MemoryConfig { start: range.start, size: range.len, block_size: BLOCK_SIZE, requested_size: 0 };
-        Ok(Box::new(MemoryDevice::new(config, self.blocks()?)?))
+        Ok(MemoryConfig { start: range.start, size: range.len, block_size: BLOCK_SIZE, requested_size: 0 })
     }
 
     fn blocks(&self) -> Result<Arc<KvmBlocks>, DeviceBuildError> {

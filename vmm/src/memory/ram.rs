@@ -48,9 +48,24 @@ pub struct RamConfig {
     pub huge_pages: HugePages,
 }
 
+impl RamConfig {
+    /// Checks what may come from a file: sums of sizes that pass do not overflow.
+    fn check(&self) -> Result<(), RamError> {
+        let possible = |size: u64| size <= layout::MAX_SIZE && size.is_multiple_of(layout::PAGE_SIZE);
+        match [self.size, self.hotplug].into_iter().find(|size| !possible(*size)) {
+            None if self.size == 0 => Err(RamError::Size(0)),
+            None => Ok(()),
+            Some(size) => Err(RamError::Size(size)),
+        }
+    }
+}
+
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
+    /// A size that no machine has.
+    #[error("{0} bytes of guest memory: must be whole pages, and at most 1 TiB")]
+    Size(u64),
     /// The host would not map that much.
     #[error("mapping {size} bytes of guest memory")]
     Map {
@@ -125,6 +140,7 @@ impl GuestRam {
     /// # Errors
     /// When the host refuses, see [`RamError`].
     pub fn new(config: RamConfig) -> Result<Self, RamError> {
+        config.check()?;
         let regions = parts(&config).into_iter().map(|(start, len)| region(start, len, &config));
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
@@ -141,8 +157,9 @@ impl GuestRam {
     /// use.
     ///
     /// # Errors
-    /// When the file has another length than the memory, or the host refuses.
+    /// When the sizes are impossible, the file has another length than the memory, or the host refuses.
     pub fn from_file(config: RamConfig, file: File) -> Result<Self, RamError> {
+        config.check()?;
         let parts = parts(&config);
         let expected: u64 = parts.iter().map(|(_, len)| len).sum();
         let metadata = file.metadata().map_err(RamError::Memfd)?;

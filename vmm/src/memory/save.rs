@@ -188,6 +188,19 @@ mod tests {
         assert_eq!((byte(&restored, 0), file.as_file().metadata().unwrap().len()), (5, 8 << 20));
     }
 
+    /// Sizes come from a state file.
+    #[test]
+    fn sizes_that_no_machine_has_are_refused() {
+        for (size, hotplug) in
+            [(0, 0), (8 << 20, u64::MAX), (u64::MAX, 8 << 20), (u64::MAX - 4095, u64::MAX - 4095), (1, 0)]
+        {
+            let config = RamConfig { size, hotplug, ..config(Backing::Anonymous) };
+            let refused = |made: Result<GuestRam, _>| matches!(made, Err(crate::memory::RamError::Size(_)));
+            assert!(refused(GuestRam::from_file(config, tempfile::tempfile().unwrap())), "{config:?}");
+            assert!(refused(GuestRam::new(config)), "{config:?}");
+        }
+    }
+
     #[test]
     fn a_file_of_the_wrong_length_is_refused() {
         let file = tempfile::tempfile().unwrap();

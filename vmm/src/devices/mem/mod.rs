@@ -206,11 +206,13 @@ impl MemoryDevice {
     /// # Errors
     /// As [`new`](Self::new), and when the state contradicts itself or the blocks cannot be plugged.
     pub fn from_state(state: &MemoryState, blocks: Arc<dyn Blocks>) -> Result<Self, MemoryError> {
-        let mut device = Self::new(state.config, blocks)?;
-        let (expected, got) = (device.plugged.len(), state.plugged.len());
+        state.config.check()?;
+        // First, as memory is set aside for as many.
+        let (expected, got) = (state.config.block_count()?, state.plugged.len());
         if expected != got {
             return Err(MemoryError::State { expected, got });
         }
+        let mut device = Self::new(state.config, blocks)?;
         state.config.check_requested(state.requested_size)?;
         device.requested_size = state.requested_size;
         device.plugged.clone_from(&state.plugged);

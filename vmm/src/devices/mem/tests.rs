@@ -275,6 +275,8 @@ fn a_state_that_contradicts_itself_is_refused() {
     for bad in [
         MemoryState { plugged: vec![true; 33], ..state.clone() },
         MemoryState { requested_size: 1, ..state.clone() },
+        // More blocks than there is memory to remember them in.
+        MemoryState { config: MemoryConfig { start: 0, size: 1 << 62, ..config() }, ..state.clone() },
         MemoryState { config: MemoryConfig { block_size: 5, ..config() }, ..state.clone() },
     ] {
         assert!(MemoryDevice::from_state(&bad, bench.blocks.clone()).is_err());
