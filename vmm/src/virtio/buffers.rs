@@ -184,6 +184,21 @@ impl GuestBuffers {
         self.len -= n - left;
     }
 
+    /// The first `n` bytes, or all when there are fewer.
+    #[must_use]
+    pub fn head(&self, n: usize) -> Self {
+        let mut head = Self::new(self.mem.clone());
+        for vec in &self.vecs {
+            let iov_len = vec.iov_len.min(n - head.len);
+            if iov_len == 0 {
+                break;
+            }
+            head.vecs.push(libc::iovec { iov_base: vec.iov_base, iov_len });
+            head.len += iov_len;
+        }
+        head
+    }
+
     /// Cuts off and returns all from byte `at` on. Nothing when there are not that many bytes.
     pub fn split_off(&mut self, at: usize) -> Self {
         let mut tail = Self::new(self.mem.clone());
@@ -365,6 +380,11 @@ mod tests {
             let whole = buffers(&mem, &parts);
             let mut expected = vec![0; whole.len()];
             prop_assert_eq!(whole.copy_to(0, &mut expected), expected.len());
+
+            let front = whole.head(at);
+            let mut first = vec![0; front.len()];
+            prop_assert_eq!(front.copy_to(0, &mut first), front.len());
+            prop_assert_eq!(&first[..], &expected[..at.min(expected.len())]);
 
             let mut head = buffers(&mem, &parts);
             let tail = head.split_off(at);

@@ -9,7 +9,8 @@
 //! | `state`, `metrics` | what a snapshot and an observer see |
 //!
 //! A request is validated as a whole and then handed to the engine, which never makes the event loop wait.
-//! What is in flight keeps the guest's memory mapped; a reset and a snapshot wait for it to end.
+//! What is in flight keeps the guest's memory mapped. A snapshot waits for all of it to end; a reset gives up
+//! what the host has not begun.
 
 mod config;
 mod disk;
@@ -561,7 +562,7 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         // The engine holds on to what it could not finish, and to the memory that this needs.
-        self.stuck |= self.engine.drain().is_err();
+        self.stuck |= self.engine.cancel().is_err();
         self.active = None;
     }
 

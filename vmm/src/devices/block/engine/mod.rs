@@ -12,6 +12,10 @@ use self::{sync::SyncEngine, uring::UringEngine};
 use super::config::IoEngine;
 use crate::virtio::buffers::{GuestBuffers, MAX_BUFFERS};
 
+/// The most that is read or written by one system call. A request may be as long as 4 GiB, by naming the same
+/// memory over and over; a reset waits for the piece that is on its way, and no longer.
+const PIECE: usize = 2 << 20;
+
 /// Bytes of zeros to write when the host cannot make them itself.
 const ZEROS: [u8; 16 << 10] = [0; 16 << 10];
 
@@ -59,6 +63,14 @@ enum Step {
 }
 
 impl Operation {
+    /// What of the guest's memory the next system call is about, if that is not all of it.
+    fn piece(&self) -> Option<GuestBuffers> {
+        match &self.action {
+            Action::Read(data) | Action::Write { data, .. } if data.len() > PIECE => Some(data.head(PIECE)),
+            _ => None,
+        }
+    }
+
     /// Takes in what a system call for this operation returned.
     fn step(&mut self, result: io::Result<usize>) -> Step {
         let n = match result {
@@ -139,8 +151,7 @@ pub(super) enum Engine {
 }
 
 impl Engine {
-    /// Starts one. `files` must stay open for as long as the engine lives. It never holds more than `depth`
-    /// operations of the io_uring's own at a time; more are kept back.
+    /// Starts one. `files` must stay open for as long as the engine lives.
     pub(super) fn new(kind: IoEngine, files: &[RawFd], name: &str) -> io::Result<Self> {
         match kind {
             IoEngine::Sync => SyncEngine::new(files, name).map(Self::Sync),
@@ -177,6 +188,17 @@ impl Engine {
         match self {
             Self::Sync(engine) => Ok(engine.completions()),
             Self::Uring(engine) => engine.completions(),
+        }
+    }
+
+    /// Gives up what is not on its way, and waits for what is. None of it is reported any more.
+    pub(super) fn cancel(&mut self) -> io::Result<()> {
+        match self {
+            Self::Sync(engine) => {
+                engine.cancel();
+                Ok(())
+            }
+            Self::Uring(engine) => engine.cancel(),
         }
     }
 

@@ -4,7 +4,10 @@ use std::{
     collections::VecDeque,
     fmt, io,
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
 };
 
@@ -30,6 +33,8 @@ struct Shared {
     work: Condvar,
     /// The worker has run out of work.
     idle: Condvar,
+    /// What the worker is at is to end with the system call that it is in.
+    cancelled: AtomicBool,
     event: EventFd,
     files: Vec<RawFd>,
 }
@@ -58,6 +63,7 @@ impl SyncEngine {
             state: Mutex::default(),
             work: Condvar::new(),
             idle: Condvar::new(),
+            cancelled: AtomicBool::new(false),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             files: files.to_vec(),
         });
@@ -86,6 +92,13 @@ impl SyncEngine {
         std::mem::take(&mut self.shared.lock().done)
     }
 
+    pub(super) fn cancel(&self) {
+        self.shared.cancelled.store(true, Ordering::Release);
+        self.shared.lock().waiting.clear();
+        self.drain();
+        self.shared.cancelled.store(false, Ordering::Release);
+    }
+
     pub(super) fn drain(&self) -> Vec<Completion> {
         let busy = |state: &mut State| state.busy || !state.waiting.is_empty();
         let state = self.shared.idle.wait_while(self.shared.lock(), busy);
@@ -96,6 +109,7 @@ impl SyncEngine {
 
 impl Drop for SyncEngine {
     fn drop(&mut self) {
+        self.shared.cancelled.store(true, Ordering::Release);
         self.shared.lock().stop = true;
         self.shared.work.notify_one();
         if let Some(worker) = self.worker.take() {
@@ -122,7 +136,7 @@ fn work(shared: &Shared) {
                 state = shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
         };
-        let completion = Completion { tag: operation.tag, result: run(&shared.files, operation) };
+        let completion = Completion { tag: operation.tag, result: run(shared, operation) };
         shared.lock().done.push(completion);
         // The counter cannot overflow: it is reset by each read, and a full one is readable anyway.
         let _ = shared.event.write(1);
@@ -130,24 +144,28 @@ fn work(shared: &Shared) {
 }
 
 /// Does all of one operation. The guest's buffers are let go of when it returns.
-fn run(files: &[RawFd], mut operation: Operation) -> io::Result<()> {
-    let fd = *files.get(operation.file).ok_or(io::ErrorKind::NotFound)?;
-    loop {
+fn run(shared: &Shared, mut operation: Operation) -> io::Result<()> {
+    let fd = *shared.files.get(operation.file).ok_or(io::ErrorKind::NotFound)?;
+    while !shared.cancelled.load(Ordering::Acquire) {
         let result = call(fd, &operation);
         if let Step::Done(result) = operation.step(result) {
             return result;
         }
     }
+    Err(io::Error::from_raw_os_error(libc::ECANCELED))
 }
 
 fn call(fd: RawFd, operation: &Operation) -> io::Result<usize> {
     let offset = i64::try_from(operation.offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let piece = operation.piece();
     match &operation.action {
-        Action::Read(data) => vectored(libc::preadv2, fd, data.as_iovecs(), offset, 0),
+        Action::Read(data) => {
+            vectored(libc::preadv2, fd, piece.as_ref().unwrap_or(data).as_iovecs(), offset, 0)
+        }
         Action::Write { data, sync } => {
             let flags = if *sync { libc::RWF_DSYNC } else { 0 };
-            vectored(libc::pwritev2, fd, data.as_iovecs(), offset, flags)
+            vectored(libc::pwritev2, fd, piece.as_ref().unwrap_or(data).as_iovecs(), offset, flags)
         }
         Action::WriteZeros(zeros) => vectored(libc::pwritev2, fd, &zeros.0, offset, 0),
         // SAFETY: an open descriptor, no memory involved.
@@ -182,4 +200,30 @@ fn fallocate(fd: RawFd, mode: libc::c_int, offset: i64, len: u64) -> io::Result<
 
 fn result(returned: isize) -> io::Result<usize> {
     usize::try_from(returned).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_begun_is_given_up() {
+        let shared = Shared {
+            state: Mutex::default(),
+            work: Condvar::new(),
+            idle: Condvar::new(),
+            cancelled: AtomicBool::new(true),
+            event: EventFd::new(EFD_NONBLOCK).unwrap(),
+            files: vec![-1],
+        };
+        let flush = |tag| Operation { tag, file: 0, offset: 0, action: Action::Flush };
+        let given_up = run(&shared, flush(0)).unwrap_err();
+        assert_eq!(given_up.raw_os_error(), Some(libc::ECANCELED), "and not EBADF");
+        // Nobody works on these.
+        let engine = SyncEngine { shared: Arc::new(shared), worker: None };
+        (0..3).for_each(|tag| engine.submit(flush(tag)));
+        engine.cancel();
+        assert!(engine.shared.lock().waiting.is_empty() && engine.completions().is_empty());
+        assert!(!engine.shared.cancelled.load(Ordering::Acquire));
+    }
 }
