@@ -46,7 +46,7 @@ use vmm_sys_util::{
 use crate::{
     boot::{self, BootError, BootSource},
     devices::{
-        balloon::Balloon,
+        balloon::{Balloon, Statistics},
         block::{Block, DiskError},
         exit::ExitPort,
         mem::{MemoryDevice, MemoryError},
@@ -406,10 +406,24 @@ impl Machine {
                 "boot_bytes": self.shape.ram.size,
                 "plugged_bytes": self.first_device::<MemoryDevice, _>(|mem| mem.plugged_size()),
                 "balloon_pages": self.first_device::<Balloon, _>(|balloon| balloon.actual_pages()),
+                "guest": self.guest_statistics(),
             },
             "phases_us": self.bus.exit_port.phases(),
             "console": *self.bus.console.metrics(),
             "slots": devices,
+        })
+    }
+
+    /// What the guest last said of its memory. It is asked to say it again, for the next look.
+    fn guest_statistics(&self) -> Option<Statistics> {
+        let running = self.processors.running();
+        self.first_device::<Balloon, _>(|balloon| {
+            let last = *balloon.statistics();
+            if running {
+                // A ring that is broken ends the device at its next event.
+                let _ = balloon.request_statistics();
+            }
+            last
         })
     }
 

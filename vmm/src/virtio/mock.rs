@@ -99,6 +99,12 @@ impl MockQueue {
         self.mem.store(index, GuestAddress(addr), Ordering::Release).unwrap();
     }
 
+    /// The entry of which the device wants to be told that it is available (VIRTIO_F_EVENT_IDX).
+    pub(crate) fn available_event(&self) -> u16 {
+        let addr = self.used + 4 + 8 * u64::from(self.size);
+        self.mem.load(GuestAddress(addr), Ordering::Acquire).unwrap()
+    }
+
     /// Offers a chain of these buffers; returns its head. Descriptors are taken round-robin.
     pub(crate) fn add(&mut self, buffers: &[Buffer]) -> u16 {
         let count = u16::try_from(buffers.len()).unwrap();

@@ -107,18 +107,22 @@ pub(super) fn take_statistics(
         return Ok(Drained::All);
     }
     let driver = |what| DeviceError::Driver { queue: index, what };
-    while let Some(chain) =
-        pop_chain(queue, mem).map_err(|source| DeviceError::Ring { queue: index, source })?
-    {
-        // There is one buffer, and it belongs to the device until it gives it back (section 5.5.6.3).
-        if held.replace(chain.head_index()).is_some() {
-            return Err(driver("second statistics buffer"));
+    let ring = |source| DeviceError::Ring { queue: index, source };
+    loop {
+        while let Some(chain) = pop_chain(queue, mem).map_err(ring)? {
+            // There is one buffer, and it belongs to the device until it gives it back (section 5.5.6.3).
+            if held.replace(chain.head_index()).is_some() {
+                return Err(driver("second statistics buffer"));
+            }
+            let mut bytes = [0; statistics::MAX_LEN];
+            let len = read_chain(mem, chain, &mut bytes).map_err(driver)?;
+            *statistics = Statistics::parse(bytes.get(..len).unwrap_or_default());
         }
-        let mut bytes = [0; statistics::MAX_LEN];
-        let len = read_chain(mem, chain, &mut bytes).map_err(driver)?;
-        *statistics = Statistics::parse(bytes.get(..len).unwrap_or_default());
+        // A driver with EVENT_IDX says nothing of the next answer unless it is asked to.
+        if !queue.enable_notification(&**mem).map_err(ring)? {
+            return Ok(Drained::All);
+        }
     }
-    Ok(Drained::All)
 }
 
 /// Gives the statistics buffer back: the request for fresh ones.

@@ -156,6 +156,19 @@ fn statistics_are_asked_for_and_answered() {
 }
 
 #[test]
+fn the_driver_is_told_to_say_when_it_has_answered() {
+    let mut bench = Bench::full();
+    for queue in &mut bench.balloon.active.as_mut().unwrap().queues {
+        queue.set_event_idx(true);
+    }
+    for answer in 1..4 {
+        bench.statistics(&[(4, answer)]).unwrap();
+        assert_eq!(u64::from(bench.queues[2].available_event()), answer);
+        assert!(bench.balloon.request_statistics().unwrap());
+    }
+}
+
+#[test]
 fn a_second_statistics_buffer_ends_the_device() {
     let mut bench = Bench::full();
     bench.statistics(&[]).unwrap();
