@@ -116,7 +116,9 @@ impl RestoreCommand {
 pub struct RestoredDevice {
     /// Its slot.
     pub slot: u8,
-    /// What it is on now. Its options are those that were saved.
+    /// What it is on now, with its options. Those that the guest has seen (such as a disk's id and a card's
+    /// address) must be as they were; limits, engines, and whether a share may be written to are up to whoever
+    /// restores.
     pub device: DeviceConfig,
 }
 

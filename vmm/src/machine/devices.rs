@@ -8,10 +8,10 @@ use crate::{
     devices::{
         DeviceState,
         balloon::{Balloon, BalloonConfig},
-        block::{Block, BlockConfig, BlockError},
-        fs::{Fs, FsConfig, FsError},
+        block::{Block, BlockConfig, BlockError, BlockState},
+        fs::{Fs, FsConfig, FsError, FsState},
         mem::{HostRegion, KvmBlocks, MemoryConfig, MemoryDevice, MemoryError},
-        net::{Net, NetConfig, NetError},
+        net::{Net, NetConfig, NetError, NetState},
         rng::{HostEntropy, Rng, RngConfig, RngError},
         vsock::{HostEnd, Vsock, VsockConfig, VsockError},
     },
@@ -69,6 +69,9 @@ pub enum DeviceBuildError {
     /// A saved memory device over something else than the machine's hotpluggable memory.
     #[error("the snapshot's memory device is not over the machine's hotpluggable memory")]
     OtherMemory,
+    /// An option that the guest has seen is not what it was.
+    #[error("{0} is not what it was when the machine was saved")]
+    Changed(&'static str),
     /// What was saved is another kind of device than what is to be restored.
     #[error("the snapshot has another kind of device in this slot")]
     WrongKind,
@@ -118,20 +121,22 @@ impl Workshop<'_> {
                 }
                 Box::new(MemoryDevice::from_state(state, self.blocks()?)?)
             }
-            (DeviceState::Block(state), Some(OpenDevice::Block(_, files))) => {
-                Box::new(Block::from_state(state.clone(), files)?)
+            (DeviceState::Block(state), Some(OpenDevice::Block(config, files))) => {
+                check_block(&state.config, &config)?;
+                Box::new(Block::from_state(BlockState { config, ..state.clone() }, files)?)
             }
-            (DeviceState::Net(state), Some(OpenDevice::Net(_, tap))) => {
-                Box::new(Net::from_state(state.clone(), tap)?)
+            (DeviceState::Net(state), Some(OpenDevice::Net(config, tap))) => {
+                check_net(&state.config, &config)?;
+                Box::new(Net::from_state(NetState { config, ..state.clone() }, tap)?)
             }
-            // The one device whose options may differ: every machine from a template has an address of its
-            // own.
+            // Every machine from a template has an address of its own.
             (DeviceState::Vsock(state), Some(OpenDevice::Vsock(config, host))) => {
                 Box::new(Vsock::from_state(state, config, host)?)
             }
-            (DeviceState::Fs(state), Some(OpenDevice::Fs(_, directory))) => {
+            (DeviceState::Fs(state), Some(OpenDevice::Fs(config, directory))) => {
+                check_fs(&state.config, &config)?;
                 let (root, workers) = self.shares.serve(directory).map_err(DeviceBuildError::Share)?;
-                Box::new(Fs::from_state(state.clone(), root, workers)?)
+                Box::new(Fs::from_state(FsState { config, ..state.clone() }, root, workers)?)
             }
             _ => return Err(DeviceBuildError::WrongKind),
         })
@@ -158,5 +163,55 @@ impl Workshop<'_> {
     }
 }
 
+/// Refuses a restored device on which something is not as the guest has seen it.
+fn unchanged<T: PartialEq>(option: &'static str, saved: T, now: T) -> Result<(), DeviceBuildError> {
+    if saved == now { Ok(()) } else { Err(DeviceBuildError::Changed(option)) }
+}
+
+fn check_block(saved: &BlockConfig, now: &BlockConfig) -> Result<(), DeviceBuildError> {
+    unchanged("block.id", &saved.id, &now.id)?;
+    unchanged("block.read_only", saved.read_only, now.read_only)?;
+    unchanged("block.cache", saved.cache, now.cache)?;
+    unchanged("block.queues", saved.queue_count(), now.queue_count())
+}
+
+fn check_net(saved: &NetConfig, now: &NetConfig) -> Result<(), DeviceBuildError> {
+    unchanged("net.mac", saved.mac, now.mac)?;
+    unchanged("net.mtu", saved.mtu, now.mtu)
+}
+
+fn check_fs(saved: &FsConfig, now: &FsConfig) -> Result<(), DeviceBuildError> {
+    unchanged("fs.tag", &saved.tag, &now.tag)?;
+    unchanged("fs.queues", saved.queue_count(), now.queue_count())
+}
+
 /// What is plugged at once: 2 MiB.
 const BLOCK_SIZE: u64 = 2 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        devices::{block::IoEngine, fs::CachePolicy},
+        rate_limiter::{Bucket, RateLimits},
+    };
+
+    #[test]
+    fn what_the_guest_has_seen_of_a_restored_device_stays() {
+        let saved = BlockConfig { id: "disk".into(), queues: 1, ..BlockConfig::default() };
+        let rate_limits =
+            RateLimits { bytes: Some(Bucket { size: 1, refill_ms: 1, initial_burst: 0 }), operations: None };
+        let policy = BlockConfig { engine: IoEngine::IoUring, rate_limits, queues: 0, ..saved.clone() };
+        check_block(&saved, &policy).unwrap();
+        for (changed, option) in [
+            (BlockConfig { id: String::new(), ..saved.clone() }, "block.id"),
+            (BlockConfig { read_only: true, ..saved.clone() }, "block.read_only"),
+            (BlockConfig { queues: 2, ..saved.clone() }, "block.queues"),
+        ] {
+            assert!(check_block(&saved, &changed).unwrap_err().to_string().starts_with(option));
+        }
+        let saved = FsConfig { tag: "share".into(), ..FsConfig::default() };
+        check_fs(&saved, &FsConfig { read_only: true, cache: CachePolicy::Never, ..saved.clone() }).unwrap();
+        assert!(check_fs(&saved, &FsConfig::default()).is_err());
+    }
+}
