@@ -25,8 +25,9 @@
 //!   written to, with the share and the directory of sockets in it; Landlock lets files of the share alone be
 //!   opened.
 //! - The one directory besides is `/proc/self/fd`, in a procfs that shows the jail's own process only and is
-//!   mounted nowhere, so that not even its `..` leads to the host's. All that is ever looked up in it are the
-//!   numbers of descriptors that are held for the guest.
+//!   mounted nowhere, so that not even its `..` leads to the host's. (Where the kernel does not let the jail
+//!   have one, it is the host's procfs.) All that is ever looked up in it are the numbers of descriptors that
+//!   are held for the guest.
 //! - The capabilities that the workers have are those over the ids of the VM's own user namespace: files of
 //!   others that happen to be in the share are theirs as little as any other user's.
 
@@ -85,6 +86,8 @@ pub(super) struct Passthrough {
     read_only: bool,
     /// The guest makes a mount of its own where the host has one.
     submounts: AtomicBool,
+    /// The guest has mounted it, and not said that it no longer has.
+    mounted: AtomicBool,
 }
 
 /// A name is one step, down.
@@ -119,16 +122,18 @@ impl Passthrough {
             cache: config.cache,
             read_only: config.read_only,
             submounts: AtomicBool::new(false),
+            mounted: AtomicBool::new(false),
         })
     }
 
-    /// Whether the guest holds anything but the root.
+    /// Whether the guest has it mounted, or holds anything of it.
     pub(super) fn live(&self) -> bool {
-        self.table.live()
+        self.mounted.load(Ordering::Relaxed) || self.table.live()
     }
 
     /// Forgets all that the guest held.
     pub(super) fn clear(&self) {
+        self.mounted.store(false, Ordering::Relaxed);
         self.table.clear();
     }
 
@@ -262,6 +267,7 @@ impl FileSystem for Passthrough {
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         // A guest that mounts once more has forgotten what it held.
         self.clear();
+        self.mounted.store(true, Ordering::Relaxed);
         self.submounts.store(capable.contains(FsOptions::SUBMOUNTS), Ordering::Relaxed);
         let mut wanted = FsOptions::ASYNC_READ
             | FsOptions::ATOMIC_O_TRUNC

@@ -384,14 +384,22 @@ fn a_file_that_is_only_read_is_not_written_from_the_cache_either() {
 
 #[test]
 fn is_saved_only_while_not_mounted() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::unmounted(config());
     let DeviceState::Fs(state) = bench.fs.save().unwrap() else { panic!() };
     assert_eq!((state.queues.len(), &state.config), (2, &config()));
     let restored = Fs::from_state(state, directory(bench.dir.path()), workers(1)).unwrap();
     assert_eq!(restored.config, config());
+    let refused = |bench: &mut Bench| {
+        let refused = bench.fs.save().unwrap_err();
+        matches!(refused, DeviceError::Backend(error) if error.kind() == io::ErrorKind::Unsupported)
+    };
+    bench.init().unwrap();
+    assert!(refused(&mut bench), "also while the guest has looked at nothing");
     let file = bench.create("file", 0o600, 0).unwrap();
-    let refused = bench.fs.save().unwrap_err();
-    assert!(matches!(refused, DeviceError::Backend(error) if error.kind() == io::ErrorKind::Unsupported));
+    assert!(refused(&mut bench));
+    bench.call(38, 0, &[]).unwrap();
+    bench.fs.save().unwrap();
+    bench.init().unwrap();
     bench.fs.reset();
     assert_eq!(bench.fs.share.held(), (0, 0), "{file:?}");
     bench.fs.save().unwrap();
