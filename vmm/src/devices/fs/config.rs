@@ -8,8 +8,15 @@ pub const TAG_BYTES: usize = 36;
 pub const MAX_QUEUES: u16 = 8;
 /// Entries of each queue: a request of 1 MiB in pages, and its headers, fits without indirect descriptors.
 pub const QUEUE_SIZE: u16 = 512;
-/// Descriptors of the process that are kept from guests, for everything else that it has open.
-pub(super) const RESERVED_DESCRIPTORS: usize = 512;
+/// Descriptors of the process that are kept from shared directories, for everything else that it has open: the
+/// connections of a socket device alone can be 1,024, and each queue of each slot has one.
+const RESERVED_DESCRIPTORS: usize = 2048;
+
+/// How many descriptors shared directories may take of a process that may have `limit` of them: all but those that
+/// are kept for other things, or half of what there is when that is little.
+pub(super) fn spare_descriptors(limit: usize) -> usize {
+    limit - RESERVED_DESCRIPTORS.min(limit / 2)
+}
 
 /// For how long the guest believes what it was told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

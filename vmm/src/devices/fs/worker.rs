@@ -13,7 +13,7 @@ use nix::sys::{
     signal::{SigSet, Signal},
 };
 
-use super::{config::RESERVED_DESCRIPTORS, passthrough::sys};
+use super::{config::spare_descriptors, passthrough::sys};
 use crate::{jail, seccomp};
 
 /// Requests are decoded on the heap; this is for the frames.
@@ -69,7 +69,7 @@ impl Workers {
     pub fn start(count: usize, descriptors: OwnedFd) -> io::Result<Arc<Self>> {
         // Now, as a jailed main thread cannot ask any more.
         let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        let spare = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(RESERVED_DESCRIPTORS);
+        let spare = spare_descriptors(usize::try_from(limit).unwrap_or(usize::MAX));
         let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), descriptors });
         let mut workers = Self { shared: shared.clone(), spare, threads: Vec::with_capacity(count) };
         for _ in 0..count.max(1) {

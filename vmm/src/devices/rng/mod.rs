@@ -49,7 +49,8 @@ const TIMER: u32 = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RngConfig {
-    /// How fast the guest may draw entropy. By default 256 KiB a second, with bursts of as much.
+    /// How fast the guest may draw entropy. Every request counts as [`MAX_CHUNK`] bytes, however little it asks
+    /// for. By default 256 KiB a second, with bursts of as much: 256 requests.
     pub rate: RateLimits,
 }
 

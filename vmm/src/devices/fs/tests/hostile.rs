@@ -177,7 +177,9 @@ fn a_guest_holds_no_more_than_its_share_of_descriptors() {
 fn no_configuration_gives_a_guest_all_descriptors() {
     let (limit, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
     let possible = workers(1).spare_descriptors();
-    assert_eq!(possible as u64, limit - 512);
+    assert_eq!(possible as u64, limit - 2048.min(limit / 2));
+    let spare = [1024, 4096, 1 << 20].map(crate::devices::fs::config::spare_descriptors);
+    assert_eq!(spare, [512, 2048, (1 << 20) - 2048]);
     let limit = |max_descriptors| FsConfig { max_descriptors, ..config() }.descriptor_limit(possible);
     assert_eq!((limit(0), limit(7), limit(u32::MAX)), (possible, 7, possible.min(u32::MAX as usize)));
 }
