@@ -16,15 +16,14 @@ use crate::{
 /// The target that makes a static binary possible beside build scripts that are not.
 pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The agent is static, as the guest has no C library but the containers' own; and small, as every guest has it in
-/// memory: equal functions are kept once, its relocations packed, and with frame pointers the tables for unwinding need
-/// not tell of every push.
-const AGENT_FLAGS: &str = "-C target-feature=+crt-static -C force-frame-pointers=yes \
-                           -C link-arg=-Wl,--icf=all -C link-arg=-Wl,--pack-dyn-relocs=relr";
-
-/// The shim is static as well: what it uses of the C library is less than what it would have of it in memory.
-const SHIM_FLAGS: &str =
+/// What makes a program static and small: equal functions are kept once, its relocations packed. The agent is static, as
+/// the guest has no C library but the containers' own; and small, as every guest has it in memory. The shim is as well:
+/// what it uses of the C library is less than what it would have of it in memory.
+const STATIC_FLAGS: &str =
     "-C target-feature=+crt-static -C link-arg=-Wl,--icf=all -C link-arg=-Wl,--pack-dyn-relocs=relr";
+
+/// With frame pointers the agent's tables for unwinding need not tell of every push.
+const AGENT_FLAGS: &str = "-C force-frame-pointers=yes";
 
 /// The directory that [`build`] fills.
 pub(crate) fn directory(host: &Host) -> PathBuf {
@@ -51,11 +50,29 @@ pub(crate) fn build(host: &Host) -> Result<PathBuf> {
 
 /// Builds the shim.
 fn shim(host: &Host) -> Result<PathBuf> {
+    static_program(host, "shim", STATIC_FLAGS, "containerd-shim-caisson-v2")
+}
+
+/// Builds the agent.
+fn agent(host: &Host) -> Result<PathBuf> {
+    static_program(host, "agent", &format!("{STATIC_FLAGS} {AGENT_FLAGS}"), "caisson-agent")
+}
+
+/// Builds the program of the package `caisson-PROFILE` with the profile of that name.
+fn static_program(host: &Host, profile: &str, flags: &str, program: &str) -> Result<PathBuf> {
     let mut build = cargo();
-    build.args(["build", "--profile", "shim", "--package", "caisson-shim", "--target", TARGET]);
-    build.env("RUSTFLAGS", SHIM_FLAGS).current_dir(&host.workspace);
+    build.args([
+        "build",
+        "--profile",
+        profile,
+        "--package",
+        &format!("caisson-{profile}"),
+        "--target",
+        TARGET,
+    ]);
+    build.env("RUSTFLAGS", flags).current_dir(&host.workspace);
     proc::run(&mut build)?;
-    Ok(host.target.join(TARGET).join("shim/containerd-shim-caisson-v2"))
+    Ok(host.target.join(TARGET).join(profile).join(program))
 }
 
 /// Builds what else runs on the host.
@@ -69,15 +86,6 @@ fn release(host: &Host, output: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Builds the agent.
-fn agent(host: &Host) -> Result<PathBuf> {
-    let mut build = cargo();
-    build.args(["build", "--profile", "agent", "--package", "caisson-agent", "--target", TARGET]);
-    build.env("RUSTFLAGS", AGENT_FLAGS).current_dir(&host.workspace);
-    proc::run(&mut build)?;
-    Ok(host.target.join(TARGET).join("agent/caisson-agent"))
 }
 
 /// Copies a file into a directory, whole or not at all.

@@ -45,8 +45,7 @@ const SHUTDOWN: Duration = Duration::from_secs(10);
 const GONE: Duration = Duration::from_secs(10);
 /// How long a machine whose agent is not to be reached any more may take to end.
 pub const AGENT_GONE: Duration = Duration::from_secs(5);
-/// How long any answer of the agent may take until its last byte. A call's own deadline, which is shorter, is for the
-/// agent to keep, and this side's ends with the first bytes: a hostile agent could leave the rest out.
+/// How long any answer of the agent may take.
 const ANSWER: Duration = Duration::from_secs(150);
 /// The tag of the pod's share.
 pub const SHARE_TAG: &str = "share";
@@ -228,10 +227,9 @@ impl Machine {
         &self,
         call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     ) -> Result<T, MachineError> {
-        let status = match timeout(ANSWER, call).await {
-            Ok(Ok(answer)) => return Ok(answer.into_inner()),
-            Ok(Err(status)) => status,
-            Err(_) => tonic::Status::deadline_exceeded("it does not come to the end of its answer"),
+        let status = match within(ANSWER, call).await {
+            Ok(answer) => return Ok(answer),
+            Err(status) => status,
         };
         // The agent's own have no cause on this side.
         let broken = std::error::Error::source(&status).is_some();
@@ -289,23 +287,31 @@ impl Machine {
         }
         let request = with_deadline(v1::ShutdownRequest { grace_ms: 0, reboot: false }, SHUTDOWN);
         let mut agent = self.agent.sandbox();
-        let asked = match timeout(SHUTDOWN, agent.shutdown(request)).await {
-            Ok(Ok(_)) => true,
-            Ok(Err(error)) => {
-                tracing::warn!(error = error.message(), "the guest can't be shut down in order");
-                false
-            }
-            Err(_) => {
-                tracing::warn!("the guest does not answer");
-                false
-            }
-        };
-        if !asked || timeout(SHUTDOWN, self.ended()).await.is_err() {
+        let asked = within(SHUTDOWN, agent.shutdown(request)).await;
+        if let Err(error) = &asked {
+            tracing::warn!(error = error.message(), "the guest can't be shut down in order");
+        }
+        if asked.is_err() || timeout(SHUTDOWN, self.ended()).await.is_err() {
             self.kill();
             if timeout(GONE, self.ended()).await.is_err() {
                 tracing::error!(pid = self.pid, "the VMM survives SIGKILL");
             }
         }
+    }
+}
+
+/// What the agent answers, if it comes to the end of that within `limit`. A call's own deadline is for the agent to keep,
+/// and ends on this side with the first bytes: a hostile agent could leave the rest out.
+///
+/// # Errors
+/// The agent's own, and [`DeadlineExceeded`](tonic::Code::DeadlineExceeded).
+pub async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, tonic::Status> {
+    match timeout(limit, call).await {
+        Ok(answer) => Ok(answer?.into_inner()),
+        Err(_) => Err(tonic::Status::deadline_exceeded("it does not come to the end of its answer")),
     }
 }
 

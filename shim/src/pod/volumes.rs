@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 
 use super::error::PodError;
 use super::spec::FILES;
-use crate::machine::Machine;
+use crate::machine::{Machine, within};
 use crate::share::{self, Memory, Owner, Special};
 
 /// The size of a volume of the kubelet's files: while they are swapped, old and new are there.
@@ -162,11 +162,8 @@ impl State {
         }
         let (id, path) = (self.next_id(), directory.to_owned());
         let entries = tokio::task::spawn_blocking(move || read_files(&path)).await??;
-        let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, mode: DIRECTORY_MODE, ..v1::Tmpfs::default() };
-        let path = mount(machine, &id, tmpfs).await?;
-        let request = v1::SyncTreeRequest { storage_id: id.clone(), entries };
-        machine.answer(machine.agent().storages().sync_tree(call(request))).await?;
-        Ok(self.keep(directory, id, path))
+        let root = Owner { mode: DIRECTORY_MODE, uid: 0, gid: 0 };
+        self.fill(machine, directory, id, root, entries).await
     }
 
     /// A copy of what the kubelet has written, kept up to date. None for what is too much or too strange to be copied.
@@ -192,12 +189,23 @@ impl State {
                 return Ok(None);
             }
         };
-        let Owner { mode, uid, gid } = root;
+        self.fill(machine, source, id, root, entries).await.map(Some)
+    }
+
+    /// Makes a file system in the guest's memory with these files, in place of `source`.
+    async fn fill(
+        &mut self,
+        machine: &Machine,
+        source: &Path,
+        id: String,
+        Owner { mode, uid, gid }: Owner,
+        entries: Vec<v1::TreeEntry>,
+    ) -> Result<Known, PodError> {
         let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, inodes: 0, mode, uid, gid };
         let path = mount(machine, &id, tmpfs).await?;
         let request = v1::SyncTreeRequest { storage_id: id.clone(), entries };
         machine.answer(machine.agent().storages().sync_tree(call(request))).await?;
-        Ok(Some(self.keep(source, id, path)))
+        Ok(self.keep(source, id, path))
     }
 }
 
@@ -306,12 +314,8 @@ impl Watched {
         };
         let request = v1::SyncTreeRequest { storage_id: id, entries };
         let mut storages = agent.storages();
-        match tokio::time::timeout(SYNC, storages.sync_tree(call(request))).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(status)) => {
-                tracing::warn!(error = status.message(), volume = ?source, "the guest's copy is out of date");
-            }
-            Err(_) => tracing::warn!(volume = ?source, "the guest's copy is out of date: no answer"),
+        if let Err(status) = within(SYNC, storages.sync_tree(call(request))).await {
+            tracing::warn!(error = status.message(), volume = ?source, "the guest's copy is out of date");
         }
     }
 }
