@@ -7,6 +7,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use caisson_protocol::client::{Client, call};
 use caisson_protocol::connect::UnixVsock;
@@ -21,6 +22,8 @@ use super::namespace::Namespace;
 
 /// Connections at a time; more wait.
 const CONNECTIONS: usize = 64;
+/// How long to wait after one could not be taken: there are no descriptors left, say.
+const RECOVER: Duration = Duration::from_millis(200);
 
 /// All TCP connections that are made inside a pod's namespace, for somebody who takes them.
 #[derive(Debug)]
@@ -61,7 +64,14 @@ impl Loopback {
         Ok(tokio::spawn(async move {
             let places = Arc::new(Semaphore::new(CONNECTIONS));
             while let Ok(place) = places.clone().acquire_owned().await {
-                let Ok((connection, _)) = listener.accept().await else { break };
+                let connection = match listener.accept().await {
+                    Ok((connection, _)) => connection,
+                    Err(error) => {
+                        tracing::warn!(%error, "take a connection to the pod's loopback");
+                        tokio::time::sleep(RECOVER).await;
+                        continue;
+                    }
+                };
                 let agent = agent.clone();
                 tokio::spawn(async move {
                     if let Err(error) = connect(connection, agent).await {

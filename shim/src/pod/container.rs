@@ -473,12 +473,15 @@ impl Container {
         Ok(())
     }
 
-    /// Sets the size of a process's terminal.
+    /// Sets the size of a process's terminal, if it has one.
     ///
     /// # Errors
-    /// When it has none.
+    /// When there is no such process, and the agent's own.
     pub async fn resize(&self, exec: &str, width: u32, height: u32) -> Result<(), PodError> {
-        self.process(exec)?;
+        if !self.process(exec)?.stdio.terminal {
+            // Clients tell the size of their own terminal, whatever the process has.
+            return Ok(());
+        }
         let request = v1::ResizeTerminalRequest {
             container_id: self.id.clone(),
             exec_id: exec.to_owned(),
