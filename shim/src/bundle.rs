@@ -24,6 +24,8 @@ pub const MAX_SPEC: u64 = 8 << 20;
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// The annotation that names the pod's sandbox.
 pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// The annotation with the pod's uid, by which a kubelet names the pod's directory.
+pub const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 
 /// A container's place.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -65,6 +65,11 @@ fn run(line: &str) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
+/// The pod's name, which begins its uid.
+const POD: &str = "shim-volumes";
+/// A volume of another pod's.
+const OTHERS: &str = "../other-uid/volumes/kubernetes.io~empty-dir/memory";
+
 /// A pod's directory, as a kubelet makes it. What is mounted there goes with it.
 struct Kubelet {
     directory: tempfile::TempDir,
@@ -87,6 +92,7 @@ impl Kubelet {
             "empty-dir/memory",
             "empty-dir/shm",
             "empty-dir/huge",
+            OTHERS,
         ] {
             fs::create_dir_all(kubelet.path(name))?;
         }
@@ -95,12 +101,14 @@ impl Kubelet {
             ("empty-dir/memory", "tmpfs", "size=2m,mode=0777"),
             ("empty-dir/shm", "tmpfs", "size=3m,mode=0777"),
             ("empty-dir/huge", "hugetlbfs", "pagesize=2M"),
+            (OTHERS, "tmpfs", "size=1m"),
         ] {
             run(&format!("mount -t {kind} -o {options} none {}", kubelet.path(name).display()))?;
         }
         fs::write(kubelet.path("host/file"), "from the host\n")?;
         chown(kubelet.path("host/file"), Some(1000), Some(2000))?;
         fs::write(kubelet.path("empty-dir/scratch/sub/below"), "below\n")?;
+        fs::write(kubelet.path(OTHERS).join("file"), "another pod's\n")?;
         fs::write(kubelet.path("termination"), "")?;
         fs::write(kubelet.path("hosts"), "10.1.2.3 alias.test\n")?;
         kubelet.publish("configmap/config", "..2026_1", "one\n", 0o644)?;
@@ -112,7 +120,7 @@ impl Kubelet {
     /// Where something is: a volume by its kind and name, or what is no volume.
     fn path(&self, name: &str) -> PathBuf {
         let (kind, rest) = name.split_once('/').unwrap_or((name, ""));
-        let root = self.directory.path();
+        let root = self.directory.path().join(format!("pods/{POD}-uid"));
         match kind {
             "configmap" | "secret" | "projected" | "empty-dir" => {
                 root.join(format!("volumes/kubernetes.io~{kind}")).join(rest)
@@ -193,6 +201,7 @@ impl Kubelet {
             self.mount("/memory", "empty-dir/memory", false),
             self.mount("/dev/shm", "empty-dir/shm", false),
             self.mount("/huge", "empty-dir/huge", false),
+            self.mount("/others", OTHERS, true),
             self.mount("/dev/termination-log", "termination", false),
             self.mount("/etc/hosts", "hosts", false),
             slave,
@@ -210,9 +219,10 @@ impl Drop for Kubelet {
 }
 
 /// What is asked of a container with all of it.
-const QUESTIONS: [&str; 20] = [
+const QUESTIONS: [&str; 21] = [
     "cat /host/file /host-ro/file /file; stat -c '%a %u %g' /host/file",
     "echo x > /host-ro/new; echo x > /file; touch /config/new; echo x > /secret/key; echo $?",
+    "cat /others/file; touch /others/new",
     "echo back > /host/back; chown 7:8 /host/back; chmod 4755 /host/back; ln -s back /host/link; mkdir /host/dir",
     "ls -a /config | sort; cat /config/key /key /projected/key; readlink /config/key; readlink /config/..data",
     "stat -c '%a %u %g' /config /secret /secret/key; stat -L -c '%a %u %g %s' /config/key /secret/key; cat /secret/key",
@@ -241,7 +251,7 @@ async fn a_kubelets_volumes_are_what_they_are_elsewhere() -> Result<()> {
     fs::write("/proc/sys/vm/nr_overcommit_hugepages", "8")?;
     for handler in HANDLERS {
         let kubelet = Kubelet::new()?;
-        let pod = cri.run_pod(cri::pod_config("shim-volumes"), handler).await;
+        let pod = cri.run_pod(cri::pod_config(POD), handler).await;
         let pod = pod.with_context(|| node.containerd_log())?;
         let mut answers = Answers::new();
         let asked = ask(&mut cri, &pod, &kubelet, &mut answers).await;
@@ -351,7 +361,7 @@ async fn unmount(path: &Path) -> Result<()> {
 fn look_at_the_host(kubelet: &Kubelet) -> Result<()> {
     let told = run(&format!(
         "cd {}; cat termination; stat -c '%a %u %g' host/back; readlink host/link",
-        kubelet.directory.path().display()
+        kubelet.path("").display()
     ))?;
     ensure!(told == "the end\n4755 7 8\nback", "{told}");
     let disk = fs::read(kubelet.directory.path().join("disk"))?;

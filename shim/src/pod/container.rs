@@ -240,7 +240,7 @@ impl Container {
                 guest.set_source(bind.index, &format!("{copies}/{}", name.display()));
                 continue;
             }
-            match volumes.stand_in(machine, &bind.volume.source).await? {
+            match volumes.stand_in(machine, &bind.volume).await? {
                 Some(StandIn::Directory(path)) => guest.set_source(bind.index, &path),
                 Some(StandIn::HugePages(size)) => guest.set_huge_pages(bind.index, size),
                 Some(StandIn::Part(part)) => {

@@ -12,7 +12,7 @@ use caisson_protocol::v1;
 use serde_json::{Map, Value, json};
 
 use super::disks::{Number, Wanted};
-use crate::bundle::Spec;
+use crate::bundle::{SANDBOX_UID, Spec};
 use crate::share::Volume;
 use crate::sizing::{Change, SizingError};
 
@@ -310,6 +310,8 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
     let malformed = |what: &str| SpecError::Malformed(format!("mounts: {what}"));
     let mut binds = Vec::new();
     let read_only = object.get("root").and_then(|root| root.get("readonly")) == Some(&Value::Bool(true));
+    let pod = object.get("annotations").and_then(|all| all.get(SANDBOX_UID)).and_then(Value::as_str);
+    let pod = pod.map(str::to_owned);
     let Some(list) = object.get_mut("mounts").filter(|list| !list.is_null()) else { return Ok(binds) };
     let list = list.as_array_mut().ok_or_else(|| malformed("the list"))?;
     if let Some(files) = place.files {
@@ -330,7 +332,7 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
             let source = pods_file(&destination, source.into(), place.files);
             // Where it is in the guest is known when it is shared.
             mount.insert("source".into(), json!(""));
-            binds.push(Bind { index, volume: Volume { source, options } });
+            binds.push(Bind { index, volume: Volume { source, options, pod: pod.clone() } });
         }
     }
     Ok(binds)
@@ -432,7 +434,7 @@ mod tests {
 
     #[test]
     fn bind_mounts_come_from_the_share_and_shared_memory_from_the_guest() {
-        let spec = json!({"linux": {"namespaces": all_namespaces()}, "mounts": [
+        let spec = json!({"linux": {"namespaces": all_namespaces()}, "annotations": {SANDBOX_UID: "u"}, "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/etc/hosts", "type": "bind", "source": "/h/hosts", "options": ["rbind", "ro"]},
             {"destination": "/dev/shm", "type": "bind", "source": "/run/sandboxes/p/shm", "options": ["rbind"]},
@@ -444,7 +446,8 @@ mod tests {
         assert_eq!(spec["mounts"][2]["source"], "/g/shm");
         assert_eq!(spec["mounts"][3]["source"], "");
         let options = vec!["rbind".to_owned(), "ro".to_owned()];
-        let hosts = Bind { index: 1, volume: Volume { source: "/h/hosts".into(), options } };
+        let pod = Some("u".to_owned());
+        let hosts = Bind { index: 1, volume: Volume { source: "/h/hosts".into(), options, pod } };
         assert_eq!(binds[0], hosts);
         assert_eq!(binds[1].index, 3);
     }

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use super::error::PodError;
 use super::spec::FILES;
 use crate::machine::{Machine, within};
-use crate::share::{self, Memory, Owner, Special};
+use crate::share::{self, Memory, Owner, Special, Volume};
 
 /// The size of a volume of the kubelet's files: while they are swapped, old and new are there.
 const WRITTEN_SIZE: u64 = 8 << 20;
@@ -66,17 +66,18 @@ struct Known {
 }
 
 impl Volumes {
-    /// What is in the place of `source`; none when that is to be shared.
+    /// What is in the place of a volume; none when that is to be shared.
     ///
     /// # Errors
     /// When it can't be looked at, and the agent's own.
-    pub async fn stand_in(&self, machine: &Machine, source: &Path) -> Result<Option<StandIn>, PodError> {
+    pub async fn stand_in(&self, machine: &Machine, volume: &Volume) -> Result<Option<StandIn>, PodError> {
         let mut state = self.0.lock().await;
+        let source = volume.source.as_path();
         if let Some(known) = state.known.get(source) {
             return Ok(Some(StandIn::Directory(known.path.clone())));
         }
-        let path = source.to_owned();
-        let special = tokio::task::spawn_blocking(move || share::special(&path)).await??;
+        let looked_at = volume.clone();
+        let special = tokio::task::spawn_blocking(move || share::special(&looked_at)).await??;
         Ok(match special {
             None => None,
             Some(Special::HugePages(size)) => Some(StandIn::HugePages(size)),

@@ -12,11 +12,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, fstat, open, openat2, statx};
 
-use super::{ShareError, at};
+use super::{ShareError, Volume, at};
 
 /// As in the kernel's magic.h.
 const TMPFS: i64 = 0x0102_1994;
 const HUGETLBFS: i64 = 0x9584_58f6;
+/// The directory of the pods' directories.
+const PODS: &str = "pods";
 /// The directory of a pod's `emptyDir` volumes.
 const EMPTY: &str = "kubernetes.io~empty-dir";
 /// The directory of a pod's volumes.
@@ -83,12 +85,14 @@ impl Owner {
     }
 }
 
-/// Whether it is a pod's `emptyDir` volume.
-pub(super) fn is_empty_dir(source: &Path) -> bool {
-    source.parent().and_then(Path::file_name).is_some_and(|kind| kind == EMPTY)
+/// Whether it is an `emptyDir` volume of the pod with this uid: `pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`. Those
+/// of others are the host's like anything else of it.
+pub(super) fn is_empty_dir(source: &Path, pod: &str) -> bool {
+    let mut above = source.ancestors().skip(1).map(Path::file_name);
+    [EMPTY, VOLUMES, pod, PODS].into_iter().all(|name| above.next() == Some(Some(name.as_ref())))
 }
 
-/// A part of a pod's `emptyDir` volume.
+/// A part of the pod's own `emptyDir` volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Part {
     /// Where the whole is on this host.
@@ -97,12 +101,15 @@ pub(super) struct Part {
     pub(super) path: String,
 }
 
-/// What `source` is a part of: the kubelet mounts a `subPath` of a volume aside. None when that is no `emptyDir`, or when
-/// one does not come to the same file by way of the volume.
-pub(super) fn part_of_empty_dir(source: &Path) -> Option<Part> {
+/// What `source` is a part of: the kubelet mounts a `subPath` of a volume aside. None when that is no `emptyDir` of this
+/// pod, or when one does not come to the same file by way of the volume.
+pub(super) fn part_of_empty_dir(source: &Path, pod: &str) -> Option<Part> {
     let aside = source.ancestors().nth(2)?;
     let parts = aside.parent().filter(|parts| parts.file_name().is_some_and(|name| name == PARTS))?;
     let volume = parts.with_file_name(VOLUMES).join(EMPTY).join(aside.file_name()?);
+    if !is_empty_dir(&volume, pod) {
+        return None;
+    }
     let table = fs::read(MOUNTS).ok()?;
     let (device, within) = place(&table, &volume)?;
     let (parts_device, part) = place(&table, source)?;
@@ -119,11 +126,12 @@ fn place(table: &[u8], path: &Path) -> Option<(Vec<u8>, PathBuf)> {
     within(table, mount, &fs::canonicalize(path).ok()?)
 }
 
-/// What the kubelet means by `source`; none when it is to be shared.
+/// What the kubelet means by a volume; none when it is to be shared.
 ///
 /// # Errors
 /// When it can't be looked at.
-pub fn special(source: &Path) -> Result<Option<Special>, ShareError> {
+pub fn special(volume: &Volume) -> Result<Option<Special>, ShareError> {
+    let source = volume.source.as_path();
     let found = fs::metadata(source).map_err(at("look at", source))?;
     if !found.is_dir() {
         return Ok(None);
@@ -137,20 +145,20 @@ pub fn special(source: &Path) -> Result<Option<Special>, ShareError> {
         let swapped = fs::symlink_metadata(source.join(DATA)).is_ok_and(|link| link.is_symlink());
         return Ok(swapped.then(|| Special::Written(Owner::of(&found))));
     }
-    if system.f_type == TMPFS {
-        return memory(source, &found);
+    match &volume.pod {
+        Some(pod) if system.f_type == TMPFS => memory(source, &found, pod),
+        _ => Ok(None),
     }
-    Ok(None)
 }
 
-/// A memory volume, or a part of one, which is a mount of its own on the host (`subPath`).
-fn memory(source: &Path, found: &fs::Metadata) -> Result<Option<Special>, ShareError> {
+/// The pod's memory volume, or a part of one, which is a mount of its own on the host (`subPath`).
+fn memory(source: &Path, found: &fs::Metadata, pod: &str) -> Result<Option<Special>, ShareError> {
     let table = fs::read(MOUNTS).map_err(at("read", Path::new(MOUNTS)))?;
     let id = statx(CWD, source, AtFlags::empty(), StatxFlags::MNT_ID)
         .map_err(|errno| at("look at", source)(errno.into()))?
         .stx_mnt_id;
     let real = fs::canonicalize(source).map_err(at("look at", source))?;
-    let Some((volume, path)) = locate(&table, id, &real) else { return Ok(None) };
+    let Some((volume, path)) = locate(&table, id, &real, pod) else { return Ok(None) };
     let root = fs::metadata(&volume).map_err(at("look at", &volume))?;
     if root.dev() != found.dev() {
         // Something else is mounted over it.
@@ -197,12 +205,13 @@ fn unescape(field: &[u8]) -> PathBuf {
     OsString::from_vec(bytes).into()
 }
 
-/// The `emptyDir` volume that a directory belongs to, and its path in there. `mount` is the mount that the directory is
+/// The pod's `emptyDir` volume that a directory belongs to, and its path in there. `mount` is the mount that the directory is
 /// on; the volume is where the whole of the same file system is mounted.
-fn locate(table: &[u8], mount: u64, directory: &Path) -> Option<(PathBuf, PathBuf)> {
+fn locate(table: &[u8], mount: u64, directory: &Path, pod: &str) -> Option<(PathBuf, PathBuf)> {
     let (device, inside) = within(table, mount, directory)?;
-    let is_volume =
-        |line: &MountLine| line.device == device && line.root == Path::new("/") && is_empty_dir(&line.point);
+    let is_volume = |line: &MountLine| {
+        line.device == device && line.root == Path::new("/") && is_empty_dir(&line.point, pod)
+    };
     let volume = lines(table).find(is_volume)?;
     Some((volume.point, inside.strip_prefix("/").ok()?.to_owned()))
 }
@@ -225,29 +234,36 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
+    fn of_pod(source: &Path) -> Volume {
+        Volume { source: source.to_owned(), pod: Some("1".to_owned()), ..Volume::default() }
+    }
+
     #[test]
     fn what_the_kubelet_writes_anew_is_known_by_its_link() {
         let pod = tempfile::tempdir().unwrap();
         let volume = pod.path().join("kubernetes.io~configmap/config");
         fs::create_dir_all(volume.join("..2026")).unwrap();
         fs::set_permissions(&volume, fs::Permissions::from_mode(0o750)).unwrap();
-        assert_eq!(special(&volume).unwrap(), None);
+        assert_eq!(special(&of_pod(&volume)).unwrap(), None);
         symlink("..2026", volume.join(DATA)).unwrap();
-        assert!(matches!(special(&volume).unwrap(), Some(Special::Written(Owner { mode: 0o750, .. }))));
+        assert!(matches!(
+            special(&of_pod(&volume)).unwrap(),
+            Some(Special::Written(Owner { mode: 0o750, .. }))
+        ));
         let elsewhere = pod.path().join("other");
         fs::create_dir(&elsewhere).unwrap();
         symlink("..2026", elsewhere.join(DATA)).unwrap();
-        assert_eq!(special(&elsewhere).unwrap(), None);
-        assert!(special(&pod.path().join("nothing")).is_err());
+        assert_eq!(special(&of_pod(&elsewhere)).unwrap(), None);
+        assert!(special(&of_pod(&pod.path().join("nothing"))).is_err());
     }
 
     #[test]
     fn an_empty_directory_is_shared_on_whatever_it_is() {
         for place in ["/var/tmp", "/dev/shm"] {
             let pod = tempfile::tempdir_in(place).unwrap();
-            let volume = pod.path().join("kubernetes.io~empty-dir/scratch");
+            let volume = pod.path().join("pods/1/volumes/kubernetes.io~empty-dir/scratch");
             fs::create_dir_all(&volume).unwrap();
-            assert_eq!(special(&volume).unwrap(), None);
+            assert_eq!(special(&of_pod(&volume)).unwrap(), None);
         }
     }
 
@@ -260,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_part_of_a_memory_volume_is_known_by_its_file_system() {
-        let of = |mount, path: &str| locate(TABLE.as_bytes(), mount, Path::new(path));
+        let of = |mount, path: &str| locate(TABLE.as_bytes(), mount, Path::new(path), "1");
         let volume = "/k/pods/1/volumes/kubernetes.io~empty-dir/my data";
         assert_eq!(of(30, volume), Some((volume.into(), "".into())));
         assert_eq!(of(30, &format!("{volume}/x/y")), Some((volume.into(), "x/y".into())));
@@ -270,7 +286,21 @@ mod tests {
         assert_eq!(of(32, "/elsewhere"), None);
         assert_eq!(of(99, "/elsewhere"), None);
         assert_eq!(of(21, "/elsewhere/../x"), None);
-        assert_eq!(locate(b"nonsense\n1 2\n\n", 1, Path::new("/")), None);
+        assert_eq!(locate(b"nonsense\n1 2\n\n", 1, Path::new("/"), "1"), None);
+    }
+
+    #[test]
+    fn what_is_another_pods_is_not_the_pods_own() {
+        let own = |path: &str, pod: &str| is_empty_dir(Path::new(path), pod);
+        let volume = "/k/pods/1/volumes/kubernetes.io~empty-dir/data";
+        assert!(own(volume, "1"));
+        assert!(!own(volume, "2"));
+        assert!(!own(&format!("{volume}/below"), "1"));
+        assert!(!own("/k/1/volumes/kubernetes.io~empty-dir/data", "1"));
+        assert!(!own("/k/pods/volumes/kubernetes.io~empty-dir/data", ""));
+        assert!(!own("kubernetes.io~empty-dir/data", "1"));
+        let part = Path::new("/k/pods/1/volume-subpaths/my data/user/0");
+        assert_eq!(locate(TABLE.as_bytes(), 31, part, "2"), None);
     }
 
     #[test]

@@ -93,6 +93,8 @@ pub struct Volume {
     pub source: PathBuf,
     /// As in the specification.
     pub options: Vec<String>,
+    /// The pod's uid. Without it no volume is taken for the pod's own.
+    pub pod: Option<String>,
 }
 
 /// What was added to a share.
@@ -275,30 +277,33 @@ impl Share {
     ) -> Result<Placed, ShareError> {
         let options = Options::parse(volume.options.iter().map(String::as_str))?;
         // What is mounted below the whole is no business of one who has to have everything read-only.
-        let part = kubelet::part_of_empty_dir(&volume.source).filter(|_| !options.recursive_read_only);
-        match part {
-            None => self.add_whole(journal, container, &volume.source, options),
+        let own = volume.pod.as_deref().filter(|_| !options.recursive_read_only);
+        match own.and_then(|pod| kubelet::part_of_empty_dir(&volume.source, pod)) {
+            None => {
+                let own = own.is_some_and(|pod| kubelet::is_empty_dir(&volume.source, pod));
+                self.add_whole(journal, container, &volume.source, options, own)
+            }
             Some(part) => {
-                let placed = self.add_whole(journal, container, &part.volume, options)?;
+                let placed = self.add_whole(journal, container, &part.volume, options, true)?;
                 Ok(Placed { part: Some(part.path), ..placed })
             }
         }
     }
 
+    /// Nobody but the pod writes to its `own` empty directories, so there is nothing on the host to be kept from it.
     fn add_whole(
         &self,
         journal: &mut Journal,
         container: &Id,
         path: &Path,
         mut options: Options,
+        own: bool,
     ) -> Result<Placed, ShareError> {
         let found = fs::metadata(path).map_err(at("look at", path))?;
         if found.file_type().is_block_device() || found.file_type().is_char_device() {
             return Err(ShareError::Device(path.to_owned()));
         }
-        // Nobody but the pod writes to its empty directories, so there is nothing on the host to be kept from it.
-        let pods_own = kubelet::is_empty_dir(path) && !options.recursive_read_only;
-        options.read_only &= !pods_own;
+        options.read_only &= !own;
         let (source, writable) = (Source::new(&found, &options), !options.read_only);
         if let Some(placed) = self.volumes().find(&source, writable, container) {
             return Ok(placed);

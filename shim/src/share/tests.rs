@@ -109,7 +109,8 @@ fn id(text: &str) -> Id {
 }
 
 fn volume(source: &Path, options: &[&str]) -> Volume {
-    Volume { source: source.into(), options: options.iter().map(|option| (*option).to_owned()).collect() }
+    let options = options.iter().map(|option| (*option).to_owned()).collect();
+    Volume { source: source.into(), options, pod: Some("1".into()) }
 }
 
 fn owner(path: &Path) -> u32 {
@@ -245,7 +246,9 @@ fn containers_that_have_the_same_volume_share_one() {
     let directory = host.file("data/file", "one").parent().unwrap().to_owned();
     let elsewhere = host.directory("elsewhere");
     mount_bind_recursive(&directory, &elsewhere).unwrap();
-    let own = host.file("kubernetes.io~empty-dir/own/file", "").parent().unwrap().to_owned();
+    let own = host.file("pods/1/volumes/kubernetes.io~empty-dir/own/file", "").parent().unwrap().to_owned();
+    let others =
+        host.file("pods/2/volumes/kubernetes.io~empty-dir/own/file", "").parent().unwrap().to_owned();
     let share = host.share(Owners::Host);
     let journal = &mut host.journal;
     let mut add = |container: &str, source: &Path, options: &[&str]| {
@@ -262,12 +265,15 @@ fn containers_that_have_the_same_volume_share_one() {
     // What is the pod's own may be written to from the first.
     assert_eq!(add("c1", &own, &["rbind", "ro"]), 5);
     assert_eq!(add("c2", &own, &["rbind"]), 5);
+    // What is another's may not.
+    assert_eq!(add("c1", &others, &["rbind", "ro"]), 6);
+    assert!(fs::write(share.path().join("_volumes/6/new"), "").is_err());
 
     let there = |number: usize| share.path().join(format!("_volumes/{number}")).exists();
     share.remove(journal, &id("c1")).unwrap();
-    assert_eq!([0, 1, 2, 3, 4, 5].map(there), [true, true, true, true, false, true]);
+    assert_eq!([0, 1, 2, 3, 4, 5, 6].map(there), [true, true, true, true, false, true, false]);
     share.remove(journal, &id("c2")).unwrap();
-    assert!(![0, 1, 2, 3, 4, 5].map(there).contains(&true));
+    assert!(![0, 1, 2, 3, 4, 5, 6].map(there).contains(&true));
     let placed = share.add_volume(journal, &id("c1"), &volume(&directory, &["rbind"])).unwrap();
     assert_eq!(fs::read_to_string(share.path().join(placed.path).join("file")).unwrap(), "one");
     unmount(&elsewhere, rustix::mount::UnmountFlags::DETACH).unwrap();
@@ -277,11 +283,12 @@ fn containers_that_have_the_same_volume_share_one() {
 #[test]
 fn a_part_of_the_pods_own_volume_is_had_by_way_of_the_whole() {
     let mut host = Host::new();
-    let file = host.file("volumes/kubernetes.io~empty-dir/own/one/two/file", "");
-    let (two, own) = (file.parent().unwrap(), host.path("volumes/kubernetes.io~empty-dir/own"));
-    let elsewhere = host.file("volumes/kubernetes.io~local-volume/own/file", "").parent().unwrap().to_owned();
+    let file = host.file("pods/1/volumes/kubernetes.io~empty-dir/own/one/two/file", "");
+    let (two, own) = (file.parent().unwrap(), host.path("pods/1/volumes/kubernetes.io~empty-dir/own"));
+    let elsewhere =
+        host.file("pods/1/volumes/kubernetes.io~local-volume/own/file", "").parent().unwrap().to_owned();
     let aside = |volume: &str, number: &str, part: &Path| {
-        let point = host.path(&format!("volume-subpaths/{volume}/c1/{number}"));
+        let point = host.path(&format!("pods/1/volume-subpaths/{volume}/c1/{number}"));
         fs::create_dir_all(point.parent().unwrap()).unwrap();
         let _ = if part.is_dir() { fs::create_dir(&point) } else { fs::write(&point, "") };
         mount_bind_recursive(part, &point).unwrap();
