@@ -4,7 +4,10 @@
 //! one copy: with dozens of kinds of work it would be a twentieth of the agent otherwise.
 
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 use tokio::task::JoinHandle;
@@ -44,10 +47,21 @@ pub async fn detached<T: Send + 'static>(
 /// cancelled.
 ///
 /// # Errors
-/// When it panics.
+/// When it panics, or there is no thread for it.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Panicked> {
-    let work: Box<dyn FnOnce() -> Output + Send> = Box::new(move || Box::new(work()));
-    taken(tokio::task::spawn_blocking(work)).await
+    taken(on_thread(Box::new(move || Box::new(work())))?).await
+}
+
+/// When the machine has no thread left, the runtime panics, and keeps the work for a better time: nobody would undo what
+/// is done so late.
+fn on_thread(work: Box<dyn FnOnce() -> Output + Send>) -> Result<JoinHandle<Output>, Panicked> {
+    let given_up = Arc::new(AtomicBool::new(false));
+    let seen = given_up.clone();
+    let work = move || if seen.load(Ordering::Acquire) { Box::new(()) as Output } else { work() };
+    catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(work))).map_err(|_| {
+        given_up.store(true, Ordering::Release);
+        Panicked
+    })
 }
 
 async fn taken<T: 'static>(handle: JoinHandle<Output>) -> Result<T, Panicked> {
