@@ -39,6 +39,16 @@ struct Process {
     pumps: Vec<AbortHandle>,
 }
 
+/// Pumps of a process that may yet fail to be prepared.
+#[derive(Default)]
+struct Pumps(Vec<AbortHandle>);
+
+impl Drop for Pumps {
+    fn drop(&mut self) {
+        self.0.iter().for_each(AbortHandle::abort);
+    }
+}
+
 /// The streams of a process that is about to be made.
 pub(super) struct Streams {
     pub(super) stdio: Stdio,
@@ -66,7 +76,7 @@ impl Processes {
         }
         let (close, registry) = (Arc::new(Notify::new()), &self.state.streams);
         let mut streams = Streams { stdio: Stdio::default(), ids: StreamIds::default(), terminal: None };
-        let mut pumps = Vec::new();
+        let mut pumps = Pumps::default();
         let exit = if terminal {
             let (exit, mut finishes) = Exit::new(1);
             let port = registry.open();
@@ -81,7 +91,7 @@ impl Processes {
                 let port = registry.open();
                 streams.ids.stdin = port.id();
                 streams.stdio.stdin = Some(theirs);
-                pumps.push(task::spawn(streams::feed(port, fd(ours)?, close.clone())).abort_handle());
+                pumps.0.push(task::spawn(streams::feed(port, fd(ours)?, close.clone())).abort_handle());
             }
             for (wanted, id, end) in [
                 (selection.stdout, &mut streams.ids.stdout, &mut streams.stdio.stdout),
@@ -93,11 +103,12 @@ impl Processes {
                     *id = port.id();
                     *end = Some(theirs);
                     let source = Arc::new(fd(ours)?);
-                    pumps.push(task::spawn(streams::drain(port, source, finish)).abort_handle());
+                    pumps.0.push(task::spawn(streams::drain(port, source, finish)).abort_handle());
                 }
             }
             exit
         };
+        let pumps = std::mem::take(&mut pumps.0);
         table.insert(key, Process { exit, status: watch::Sender::new(None), close, pumps });
         Ok(streams)
     }
@@ -172,19 +183,18 @@ impl Processes {
                     let known = lock(&self.table)
                         .get(&(container.clone(), process.clone()))
                         .map(|known| (known.exit.clone(), known.status.clone()));
-                    // A process that could not be made is nobody's.
-                    let Some((drain, status)) = known else { continue };
-                    task::spawn(report(
-                        self.state.clone(),
-                        drain,
-                        status,
-                        ProcessExit {
-                            container_id: container,
-                            exec_id: process,
-                            pid,
-                            status: Some(exit_status(&exit)),
-                        },
-                    ));
+                    let status = Some(exit_status(&exit));
+                    let mut exit = ProcessExit { container_id: container, exec_id: process, pid, status };
+                    match known {
+                        Some((drain, status)) => {
+                            task::spawn(report(self.state.clone(), drain, status, exit));
+                        }
+                        // Forgotten before its end was noticed, and with it what it had to say.
+                        None => {
+                            exit.status.iter_mut().for_each(|status| status.output_complete = false);
+                            self.state.emit(event::Kind::Exit(exit));
+                        }
+                    }
                 }
             }
         }
@@ -198,7 +208,7 @@ async fn report(
     sender: watch::Sender<Option<ExitStatus>>,
     mut exit: ProcessExit,
 ) {
-    let drained = tokio::time::timeout(DRAIN_TIMEOUT, drain.drained()).await.is_ok();
+    let drained = tokio::time::timeout(DRAIN_TIMEOUT, drain.drained()).await.unwrap_or(false);
     if let Some(status) = &mut exit.status {
         status.output_complete = drained;
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional};
@@ -20,32 +21,35 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub struct Exit {
     ended: watch::Sender<bool>,
-    // Every pump holds a sender; when the last one is dropped, all output was handed over.
-    drained: watch::Receiver<()>,
+    // Every pump holds a sender, and counts itself when its output was handed over. One that is given up does not.
+    drained: watch::Receiver<usize>,
+    outputs: usize,
 }
 
 /// An output pump's part in an [`Exit`].
 #[derive(Debug)]
 pub struct Finish {
     ended: watch::Receiver<bool>,
-    drained: Option<watch::Sender<()>>,
+    drained: Option<watch::Sender<usize>>,
 }
 
 impl Exit {
     /// For a process with `outputs` output streams.
     pub fn new(outputs: usize) -> (Exit, Vec<Finish>) {
         let ended = watch::Sender::new(false);
-        let (sender, drained) = watch::channel(());
+        let (sender, drained) = watch::channel(0);
         let finishes = (0..outputs)
             .map(|_| Finish { ended: ended.subscribe(), drained: Some(sender.clone()) })
             .collect();
-        (Exit { ended, drained }, finishes)
+        (Exit { ended, drained, outputs }, finishes)
     }
 
-    /// The process has ended. Returns when what it wrote has been handed over.
-    pub async fn drained(&mut self) {
+    /// The process has ended. Returns when what it wrote has been handed over, or given up; whether all of it was
+    /// handed over.
+    pub async fn drained(&mut self) -> bool {
         self.ended.send_replace(true);
         while self.drained.changed().await.is_ok() {}
+        *self.drained.borrow() == self.outputs
     }
 }
 
@@ -56,7 +60,9 @@ impl Finish {
 
     /// Everything that was written before the process ended is handed over.
     fn done(&mut self) {
-        self.drained = None;
+        if let Some(drained) = self.drained.take() {
+            drained.send_modify(|count| *count = count.saturating_add(1));
+        }
     }
 
     async fn ends(&mut self) {
@@ -179,15 +185,25 @@ pub async fn feed(mut port: Port, sink: Fd, close: Arc<Notify>) {
 /// A terminal, both ways, until its other side closes.
 pub async fn terminal(mut port: Port, master: Arc<Fd>, mut finish: Finish) {
     let mut pending = Vec::new();
+    let attached = port.attached.clone();
+    let mut next = None;
     loop {
-        let connection = port.connection().await;
+        let connection = match next.take() {
+            Some(connection) => connection,
+            None => port.connection().await,
+        };
         let (mut from_host, mut to_host) = tokio::io::split(connection);
         let mut output = OneWay(&mut to_host);
         let input = async {
             let mut buffer = vec![0; BUFFER];
             loop {
                 match from_host.read(&mut buffer).await {
-                    Ok(0) => std::future::pending().await,
+                    // A half-close, after which output goes on, or the connection's end, which only shows when there
+                    // is output: whoever connects anew decides.
+                    Ok(0) => {
+                        attached.store(false, Ordering::Release);
+                        std::future::pending().await
+                    }
                     Ok(size) => {
                         if master.write_all(buffer.get(..size).unwrap_or_default()).await.is_err() {
                             std::future::pending().await
@@ -200,6 +216,10 @@ pub async fn terminal(mut port: Port, master: Arc<Fd>, mut finish: Finish) {
         let ended = tokio::select! {
             result = drain_into(&mut output, &master, &mut pending, &mut finish) => result.is_ok(),
             _error = input => false,
+            connection = port.connection() => {
+                next = Some(connection);
+                continue;
+            }
         };
         if ended {
             finish.done();
@@ -292,8 +312,8 @@ mod tests {
             host.read_exact(&mut bytes).await.unwrap();
             bytes
         };
-        let (bytes, ()) = tokio::join!(reader, exit.drained());
-        assert!(bytes.iter().all(|&byte| byte == 7));
+        let (bytes, all) = tokio::join!(reader, exit.drained());
+        assert!(all && bytes.iter().all(|&byte| byte == 7));
         // And the stream goes on for the child.
         sink.write_all(b"late").await.unwrap();
         drop(sink);
@@ -315,6 +335,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn output_that_is_given_up_is_not_handed_over() {
+        let registry = Registry::default();
+        let (source, sink) = pipe();
+        let (mut exit, mut finishes) = Exit::new(1);
+        let pump = tokio::spawn(drain(registry.open(), Arc::new(source), finishes.pop().unwrap()));
+        sink.write_all(b"x").await.unwrap();
+        pump.abort();
+        assert!(!exit.drained().await);
+    }
+
+    #[tokio::test]
     async fn output_survives_a_broken_connection() {
         let registry = Registry::default();
         let port = registry.open();
@@ -329,6 +360,26 @@ mod tests {
         let mut text = String::new();
         connect(&registry, id).await.read_to_string(&mut text).await.unwrap();
         assert_eq!(text, "kept");
+    }
+
+    #[tokio::test]
+    async fn a_quiet_terminal_can_be_attached_to_again() {
+        let registry = Registry::default();
+        let port = registry.open();
+        let id = port.id();
+        let (source, sink) = pipe();
+        let (_exit, mut finishes) = Exit::new(1);
+        tokio::spawn(terminal(port, Arc::new(source), finishes.pop().unwrap()));
+        // Nothing was said meanwhile.
+        drop(connect(&registry, id).await);
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        let mut host = connect(&registry, id).await;
+        host.shutdown().await.unwrap();
+        sink.write_all(b"kept").await.unwrap();
+        drop(sink);
+        let mut text = String::new();
+        host.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "kept", "a half-close leaves the output");
     }
 
     #[tokio::test]
