@@ -155,13 +155,35 @@ impl Transfers {
         Ok(stream)
     }
 
-    /// The number of bytes moved, once the transfer has ended. Can be asked once.
+    /// The number of bytes moved, once the transfer has ended. Is told once; a call that is given up before may be
+    /// repeated.
     ///
     /// # Errors
     /// As the transfer, or when there is none.
     pub async fn wait(&self, stream: u64) -> Outcome {
         let receiver = lock(&self.results).remove(&stream).ok_or(TransferError::NotFound(stream))?;
-        receiver.await.unwrap_or(Err(TransferError::NotFound(stream)))
+        let mut asked = Asked { transfers: self, stream, receiver: Some(receiver) };
+        let outcome = match &mut asked.receiver {
+            Some(receiver) => receiver.await.ok(),
+            None => None,
+        };
+        asked.receiver = None;
+        outcome.unwrap_or(Err(TransferError::NotFound(stream)))
+    }
+}
+
+/// A result that is being waited for; put back when nobody waits any more.
+struct Asked<'a> {
+    transfers: &'a Transfers,
+    stream: u64,
+    receiver: Option<oneshot::Receiver<Outcome>>,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if let Some(receiver) = self.receiver.take() {
+            lock(&self.transfers.results).insert(self.stream, receiver);
+        }
     }
 }
 

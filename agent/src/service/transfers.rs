@@ -46,10 +46,14 @@ impl transfers_server::Transfers for Service {
         request: Request<proto::CopyInRequest>,
     ) -> Result<Response<proto::CopyInResponse>, Status> {
         self.may_copy()?;
-        let request = request.into_inner();
-        let root = self.root(request.target.as_ref())?;
-        let stream = self.0.transfers.copy_in(root, request, self.0.state.streams.open())?;
-        Ok(Response::new(proto::CopyInResponse { stream }))
+        let (service, request) = (self.clone(), request.into_inner());
+        // A path may lead through what a container mounted, and be as slow as it likes.
+        let stream = blocking(move || {
+            let root = service.root(request.target.as_ref())?;
+            let port = service.0.state.streams.open();
+            service.0.transfers.copy_in(root, request, port).map_err(Status::from)
+        });
+        Ok(Response::new(proto::CopyInResponse { stream: stream.await? }))
     }
 
     async fn copy_out(
@@ -57,10 +61,13 @@ impl transfers_server::Transfers for Service {
         request: Request<proto::CopyOutRequest>,
     ) -> Result<Response<proto::CopyOutResponse>, Status> {
         self.may_copy()?;
-        let source = request.into_inner().source.unwrap_or_default();
-        let root = self.root(Some(&source))?;
-        let reply = self.0.transfers.copy_out(&root, &source.path, self.0.state.streams.open())?;
-        Ok(Response::new(reply))
+        let (service, source) = (self.clone(), request.into_inner().source.unwrap_or_default());
+        let reply = blocking(move || {
+            let root = service.root(Some(&source))?;
+            let port = service.0.state.streams.open();
+            service.0.transfers.copy_out(&root, &source.path, port).map_err(Status::from)
+        });
+        Ok(Response::new(reply.await?))
     }
 
     async fn wait_transfer(
