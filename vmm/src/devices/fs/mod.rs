@@ -44,7 +44,7 @@ use vmm_sys_util::{
 use self::passthrough::Passthrough;
 pub use self::{
     config::{CachePolicy, FsConfig, MAX_QUEUES, QUEUE_SIZE, TAG_BYTES},
-    metrics::FsMetrics,
+    metrics::{FsMetrics, Operations},
     state::FsState,
     worker::Workers,
 };

@@ -109,6 +109,7 @@ pub(super) fn serve(
         metrics.refused.inc();
         return 0;
     };
+    metrics.operations.count(header.opcode);
     metrics.request_bytes.add(message.len() as u64);
     let len = if message.len() > MAX_BYTES || reply.len() > MAX_BYTES {
         refuse(&header, &reply, libc::EINVAL, metrics)
