@@ -25,9 +25,19 @@ pub struct Holdings {
     cgroups: BTreeSet<String>,
     links: BTreeSet<String>,
     netns: BTreeSet<String>,
-    loop_devices: BTreeSet<String>,
-    run: BTreeSet<String>,
+    devices: BTreeSet<String>,
+    qdiscs: BTreeSet<String>,
+    files: BTreeSet<String>,
 }
+
+/// Where runtimes have entries for what lives, each with the name of such an entry: our pods' directories, our claims of
+/// ids, all shims' sockets, and memory that has a name.
+const DIRECTORIES: [(&str, &str); 4] = [
+    ("pod directory", "/run/caisson"),
+    ("claim of ids", "/run/caisson-ids"),
+    ("shim's socket", "/run/containerd/s"),
+    ("shared memory", "/dev/shm"),
+];
 
 impl Holdings {
     /// Looks at the machine as it is now.
@@ -41,8 +51,9 @@ impl Holdings {
             cgroups: subdirectories(Path::new("/sys/fs/cgroup")),
             links: names("/sys/class/net")?,
             netns: names("/run/netns").unwrap_or_default(),
-            loop_devices: loop_devices()?,
-            run: names("/run/caisson").unwrap_or_default(),
+            devices: devices()?,
+            qdiscs: qdiscs()?,
+            files: files(),
         })
     }
 
@@ -77,11 +88,12 @@ impl Holdings {
             ("cgroup", &self.cgroups, &before.cgroups),
             ("network link", &self.links, &before.links),
             ("network namespace", &self.netns, &before.netns),
-            ("loop device", &self.loop_devices, &before.loop_devices),
-            ("pod directory", &self.run, &before.run),
+            ("block device", &self.devices, &before.devices),
+            ("qdisc", &self.qdiscs, &before.qdiscs),
         ] {
             added.extend(now.difference(had).map(|name| format!("{kind} {name}")));
         }
+        added.extend(self.files.difference(&before.files).cloned());
         Added(added)
     }
 }
@@ -183,10 +195,34 @@ fn subdirectories(root: &Path) -> BTreeSet<String> {
     found
 }
 
-fn loop_devices() -> Result<BTreeSet<String>> {
-    let all = names("/sys/block")?;
-    let bound = |name: &String| Path::new("/sys/block").join(name).join("loop/backing_file").exists();
-    Ok(all.into_iter().filter(|name| name.starts_with("loop") && bound(name)).collect())
+/// Loop devices that are bound to a file, and all of the device mapper.
+fn devices() -> Result<BTreeSet<String>> {
+    let in_use = |name: &String| {
+        let device = Path::new("/sys/block").join(name);
+        device.join("loop/backing_file").exists() || device.join("dm").exists()
+    };
+    Ok(names("/sys/block")?.into_iter().filter(in_use).collect())
+}
+
+/// The queueing disciplines of this machine's interfaces: kind, number and interface of each. Those of other namespaces go
+/// with them.
+fn qdiscs() -> Result<BTreeSet<String>> {
+    let output = Command::new("tc").args(["qdisc", "show"]).output().context("starting tc")?;
+    ensure!(output.status.success(), "tc: {}", String::from_utf8_lossy(&output.stderr));
+    let table = String::from_utf8_lossy(&output.stdout);
+    // "qdisc ingress ffff: dev eth0 …"; what comes then counts users, too.
+    let named = |line: &str| line.split_whitespace().skip(1).take(4).collect::<Vec<_>>().join(" ");
+    Ok(table.lines().map(named).collect())
+}
+
+/// The entries of [`DIRECTORIES`], each behind what it is.
+fn files() -> BTreeSet<String> {
+    let of = |(kind, directory): (&str, &str)| {
+        // Made with the first entry, and some gone with the last.
+        let names = names(directory).unwrap_or_default();
+        names.into_iter().map(move |name| format!("{kind} {directory}/{name}")).collect::<Vec<_>>()
+    };
+    DIRECTORIES.into_iter().flat_map(of).collect()
 }
 
 #[cfg(test)]
@@ -205,6 +241,14 @@ mod tests {
     fn names_what_was_added() {
         let added = holding(&["/", "/run/x"], 2).since(&holding(&["/"], 1));
         assert_eq!(added.to_string(), "1 process(es) shim, mount /run/x");
+    }
+
+    #[test]
+    fn names_what_was_not_removed() {
+        let files = ["shim's socket /run/containerd/s/abc".to_owned()].into();
+        let now = Holdings { files, qdiscs: ["ingress ffff: dev x".to_owned()].into(), ..holding(&[], 0) };
+        let added = now.since(&Holdings::default()).to_string();
+        assert_eq!(added, "qdisc ingress ffff: dev x, shim's socket /run/containerd/s/abc");
     }
 
     #[test]

@@ -76,7 +76,9 @@ pub(crate) async fn run() -> Result<()> {
         cri.remove_pod(pod).await?;
     }
     before.assert_nothing_added()?;
-    println!("no process, mount, cgroup, link, namespace or file of theirs is left");
+    println!(
+        "no process, mount, cgroup, link, qdisc, namespace, block device, socket, id range or directory of theirs is left"
+    );
     Ok(())
 }
 
