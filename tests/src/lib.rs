@@ -7,6 +7,8 @@
 //! | [`cri`] | a small CRI client, the kubelet's side |
 //! | [`streaming`] | the streams that CRI serves beside its calls: exec, attach, port-forward |
 //! | [`ctr`] | containerd's own client, as a person types it |
+//! | [`events`] | what containerd tells of containers' lives |
+//! | [`record`] | which processes a pod of ours consists of |
 //! | [`cost`] | the time of each call of a pod's life, the memory of its processes |
 //! | [`agent`] | the agent as a plain process, and a client of it |
 //! | [`containers`] | containers of busybox through an agent, and what must hold of them |
@@ -28,6 +30,7 @@ pub mod containers;
 pub mod cost;
 pub mod cri;
 pub mod ctr;
+pub mod events;
 pub mod guest;
 pub mod guest_share;
 pub mod leaks;
@@ -35,6 +38,7 @@ pub mod net;
 pub mod node;
 pub mod oci;
 pub mod pod_vm;
+pub mod record;
 pub mod streaming;
 pub mod vmm;
 pub mod vsock;

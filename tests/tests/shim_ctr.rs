@@ -1,9 +1,8 @@
 //! Our runtime through `ctr`: a plain container is a pod of one, in a machine of its own.
 
-use std::process::Command;
-
 use anyhow::{Context, Result, ensure};
-use caisson_e2e::{containerd::BUSYBOX_IMAGE, ctr::Ctr, leaks::Holdings, node::Node};
+use caisson_e2e::{containerd::BUSYBOX_IMAGE, ctr::Ctr, events::Events, leaks::Holdings, node::Node, record};
+use nix::sys::signal::Signal;
 
 const RUNTIME: &str = "io.containerd.caisson.v2";
 
@@ -57,13 +56,6 @@ impl<'a> Background<'a> {
         Ok(line.split_whitespace().last().unwrap_or_default().to_owned())
     }
 
-    /// The process that containerd is told of: the VMM.
-    fn pid(&self) -> Result<i32> {
-        let list = self.ctr.run(&["task", "list"])?;
-        let line = list.lines().find(|line| line.starts_with(self.id)).context("the task is not listed")?;
-        Ok(line.split_whitespace().nth(1).context("a pid")?.parse()?)
-    }
-
     fn wait_for(&self, status: &str) -> Result<()> {
         for _ in 0..300 {
             if self.status()? == status {
@@ -88,8 +80,7 @@ fn a_machine_that_stands_still_can_be_killed() -> Result<()> {
     let before = Holdings::now()?;
     let container = Background::start(&ctr, "shim-still", &[], &["sleep", "1000"])
         .with_context(|| node.containerd_log())?;
-    let stopped = Command::new("pkill").args(["-STOP", "--exact", "caisson-vmm"]).status()?;
-    ensure!(stopped.success(), "pkill: {stopped}");
+    record::send(record::vmm("default", "shim-still")?, Signal::SIGSTOP)?;
     ctr.run(&["task", "kill", "--signal", "KILL", "shim-still"])?;
     container.wait_for("STOPPED")?;
     container.remove()?;
@@ -154,36 +145,32 @@ fn the_end_of_the_machine_is_the_end_of_the_container() -> Result<()> {
     let ctr = Ctr::new(&node);
     let before = Holdings::now()?;
     let container = Background::start(&ctr, "shim-vmm-dies", &[], &["sleep", "1000"])?;
-    kill(container.pid()?)?;
+    record::send(record::vmm("default", "shim-vmm-dies")?, Signal::SIGKILL)?;
     container.wait_for("STOPPED")?;
     container.remove()?;
     before.assert_nothing_added()
 }
 
+/// containerd sees the connection end, and has the rest removed: nobody has to ask for it.
 #[test]
 fn a_dead_shim_leaves_nothing_behind() -> Result<()> {
     let node = Node::ready()?;
     let ctr = Ctr::new(&node);
     let before = Holdings::now()?;
+    let mut events = Events::listen(&node)?;
     let container = Background::start(&ctr, "shim-shim-dies", &[], &["sleep", "1000"])?;
-    let owner = std::fs::read("/run/caisson/default+shim-shim-dies/shim")?;
-    let owner: serde_json::Value = serde_json::from_slice(&owner)?;
-    kill(i32::try_from(owner["pid"].as_i64().context("a pid")?)?)?;
-    // containerd sees the connection end, and has the rest removed.
-    for _ in 0..300 {
-        if !ctr.run(&["task", "list"])?.contains("shim-shim-dies") {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(100));
+    record::send(record::shim("default", "shim-shim-dies")?, Signal::SIGKILL)?;
+    let told = events.until(|event| event.topic == "/tasks/delete")?;
+    let exit = told.iter().find(|event| event.topic == "/tasks/exit").context("no exit was told")?;
+    for event in [exit, told.last().context("the one that was waited for")?] {
+        let (id, status) = (event.text("container_id"), event.number("exit_status"));
+        ensure!((id, status) == ("shim-shim-dies", 137), "{event:?}");
     }
-    let _ = ctr.try_run(&["task", "delete", "--force", "shim-shim-dies"])?;
+    let tasks = ctr.run(&["task", "list"])?;
+    ensure!(!tasks.contains("shim-shim-dies"), "{tasks}");
     ctr.run(&["container", "delete", container.id])?;
+    drop(events);
     before.assert_nothing_added()
-}
-
-fn kill(pid: i32) -> Result<()> {
-    let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-    killed.with_context(|| format!("killing {pid}"))
 }
 
 #[test]

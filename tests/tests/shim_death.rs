@@ -1,6 +1,6 @@
 //! Whatever dies, and whenever: nothing of a pod is left, and containerd is told the truth.
 
-use std::{process::Command, time::Duration};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
@@ -12,7 +12,9 @@ use caisson_e2e::{
     ctr::Ctr,
     leaks::Holdings,
     node::{Node, Product},
+    record,
 };
+use nix::sys::signal::Signal;
 
 const RUNTIME: &str = "io.containerd.caisson.v2";
 
@@ -85,11 +87,22 @@ fn an_agent_that_dies_of_any_call_is_seen_and_leaves_nothing() -> Result<()> {
 
 const HANDLER: &str = "caisson";
 
-/// Kills the only VMM there is.
-fn kill_vmm() -> Result<()> {
-    let killed = Command::new("pkill").args(["-KILL", "--exact", "caisson-vmm"]).status()?;
-    ensure!(killed.success(), "there is no VMM to be killed");
-    Ok(())
+/// CRI's pods are in this namespace of containerd's.
+const NAMESPACE: &str = "k8s.io";
+/// Within this time the end of a VMM is noticed, on an emulated machine: nothing looks for it only now and then.
+const SEEN: Duration = Duration::from_secs(2);
+
+/// Kills a pod's VMM, and says when.
+fn kill_vmm(pod: &cri::Pod) -> Result<Duration> {
+    let vmm = record::vmm(NAMESPACE, &pod.id)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    record::send(vmm, Signal::SIGKILL)?;
+    Ok(now)
+}
+
+/// Waits until a container that shares its memory file system with others has left a mark there.
+async fn marked(cri: &mut Cri, container: &str) -> Result<()> {
+    cri.said(container, "until [ -e /dev/shm/busy ]; do sleep 0.1; done").await.map(drop)
 }
 
 /// The VMM dies before there is a container, between its making and its start, while one runs, and while a process is
@@ -109,22 +122,30 @@ async fn a_vmm_that_dies_at_any_stage_is_seen_and_leaves_nothing() -> Result<()>
         }
         let busy = container.clone().filter(|_| stage == "busy").map(|container| {
             let mut cri = cri.clone();
-            tokio::spawn(async move { cri.exec(&container, &["sleep", "1000"]).await })
+            let script = "touch /dev/shm/busy; exec sleep 1000";
+            tokio::spawn(async move { cri.exec(&container, &["sh", "-c", script]).await })
         });
-        if busy.is_some() {
-            tokio::time::sleep(Duration::from_secs(2)).await;
+        if let Some(container) = container.as_deref().filter(|_| busy.is_some()) {
+            marked(&mut cri, container).await?;
         }
-        kill_vmm()?;
+        let killed = kill_vmm(&pod)?;
         if let Some(busy) = busy {
             let ended =
                 tokio::time::timeout(Duration::from_secs(20), busy).await.context("exec goes on")??;
-            ensure!(ended.as_ref().map_or(true, |exec| exec.exit_code == 137), "{ended:?}");
+            ensure!(ended.as_ref().is_ok_and(|exec| exec.exit_code == 137), "{ended:?}");
         }
         match container {
             Some(container) if stage == "created" => {
                 ensure!(cri.start_container(&container).await.is_err(), "started in a dead machine");
             }
-            Some(container) => ensure!(cri.wait(&container).await?.exit_code == 137),
+            Some(container) => {
+                let ended = cri.wait(&container).await?;
+                ensure!(ended.exit_code == 137, "{ended:?}");
+                let finished = Duration::from_nanos(ended.finished_at.try_into()?);
+                let after = finished.checked_sub(killed).context("an end before the end")?;
+                println!("{stage}: seen after {after:?}");
+                ensure!(after < SEEN, "the end of the VMM was seen after {after:?}");
+            }
             None => {}
         }
         cri.remove_pod(&pod).await.with_context(|| format!("{stage}: {}", node.containerd_log()))?;
@@ -155,13 +176,21 @@ async fn a_containerd_that_dies_finds_everything_again() -> Result<()> {
     let mut config = cri::container_config("talker", BUSYBOX_IMAGE, &["sh", "-c", script]);
     config.log_path = "talker.log".into();
     let talker = client.run_container(&pod, config).await?;
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // In the middle.
+    let log = logs.join("talker.log");
+    for attempt in 0.. {
+        if std::fs::read_to_string(&log).is_ok_and(|log| log.contains(" F line 15\n")) {
+            break;
+        }
+        ensure!(attempt < 600, "it does not say a thing: {}", containerd.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     containerd.restart(products)?;
 
     let mut client = Cri::connect(containerd.socket()).await?;
     let ended = client.wait(&talker).await?;
     ensure!(ended.exit_code == 8, "{ended:?}; {}", containerd.log());
-    let log = std::fs::read_to_string(logs.join("talker.log"))?;
+    let log = std::fs::read_to_string(log)?;
     let said: Vec<_> = log.lines().filter_map(|line| line.rsplit_once(" F ")).map(|(_, said)| said).collect();
     let expected: Vec<_> = (1..=100).map(|n| format!("line {n}")).collect();
     ensure!(said == expected, "{log}");

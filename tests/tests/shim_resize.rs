@@ -11,8 +11,31 @@ use caisson_e2e::{
 const HANDLER: &str = "caisson";
 const MIB: i64 = 1 << 20;
 
-/// What deploy/runtimeclass.yaml adds to the limits of a pod's control group, in MiB.
-const OVERHEAD: i64 = 96;
+/// The RuntimeClass, whose overhead is added to the limits of a pod's control group.
+const RUNTIME_CLASS: &str = include_str!("../../deploy/runtimeclass.yaml");
+/// The defaults of a node.
+const DEFAULTS: &str = include_str!("../../shim/src/config/default.toml");
+
+/// The number between two texts.
+fn number(text: &str, before: &str, after: &str) -> Result<i64> {
+    let (_, rest) = text.split_once(before).with_context(|| format!("no {before:?}"))?;
+    let (number, _) = rest.split_once(after).with_context(|| format!("no {after:?}"))?;
+    number.parse().with_context(|| format!("{number:?}"))
+}
+
+/// What a RuntimeClass adds to the memory limits of a pod, in MiB.
+fn overhead() -> Result<i64> {
+    number(RUNTIME_CLASS, "\n    memory: \"", "Mi\"\n")
+}
+
+/// The RuntimeClass pays for what the guest itself takes by default, for the VMM and for the shim.
+#[test]
+fn the_runtime_class_pays_for_the_guest_and_more() -> Result<()> {
+    let (overhead, guest) = (overhead()?, number(DEFAULTS, "\nguest_overhead_mib = ", "\n")?);
+    let processes = overhead - guest;
+    ensure!((24..=64).contains(&processes), "{overhead} MiB, of which the guest's {guest}");
+    Ok(())
+}
 
 fn resources(mib: i64, cpus: i64) -> LinuxContainerResources {
     LinuxContainerResources {
@@ -105,7 +128,7 @@ async fn a_pod_that_uses_all_it_was_promised_is_not_killed() -> Result<()> {
     let group = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
     fs::create_dir(&group)?;
     let promised = 96;
-    fs::write(group.join("memory.max"), ((promised + OVERHEAD) * MIB).to_string())
+    fs::write(group.join("memory.max"), ((promised + overhead()?) * MIB).to_string())
         .context("limiting the pod's control group")?;
     let (pod, container) = pod_of(&mut cri, "shim-promised", &parent, resources(promised, 1))
         .await
