@@ -4,15 +4,19 @@
 //! devices that are plugged. Everything is checked before anything changes.
 
 mod apply;
+mod attributes;
 mod dns;
 mod link;
 mod list;
 mod netlink;
 mod parse;
+mod route;
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
+use netlink_packet_route::AddressFamily;
 use thiserror::Error;
 
 use self::netlink::Netlink;
@@ -75,4 +79,8 @@ fn own() -> Result<Netlink, NetworkError> {
 fn enter(pod: BorrowedFd<'_>) -> Result<Netlink, NetworkError> {
     namespace::within(pod, Netlink::new)
         .map_err(|source| NetworkError::Io { action: "enter the pod's network namespace", source })
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }

@@ -4,17 +4,14 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use caisson_protocol::v1 as proto;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
-use netlink_packet_route::route::{
-    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
-};
 
 use super::link::Link;
 use super::netlink::Netlink;
 use super::parse::{self, Interface, Neighbour, Prefix, Route};
-use super::{NetworkError, enter, own};
+use super::route::RouteMessage;
+use super::{NetworkError, enter, family, own};
 
 /// A network namespace, and the way to speak to the kernel in it.
 struct Pod<'a> {
@@ -84,7 +81,7 @@ impl Pod<'_> {
 
     fn apply_route(&mut self, route: &Route) -> Result<(), NetworkError> {
         let device = route.device.as_ref().map(|device| self.index_of(device)).transpose()?;
-        let added = self.netlink.put(libc::RTM_NEWROUTE, &route_message(route, device));
+        let added = self.netlink.put(libc::RTM_NEWROUTE, &RouteMessage::new(route, device));
         let Prefix { address, length } = route.destination;
         added.map_err(NetworkError::netlink(format!("add the route to {address}/{length}")))
     }
@@ -136,10 +133,6 @@ fn find(netlink: &mut Netlink, mac: [u8; 6]) -> Result<Option<Link>, NetworkErro
     Ok(links.into_iter().find(|link| link.mac() == Some(&mac[..])))
 }
 
-fn family(address: IpAddr) -> AddressFamily {
-    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
-}
-
 fn address(index: u32, prefix: Prefix, routes: bool) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(prefix.address);
@@ -155,34 +148,6 @@ fn address(index: u32, prefix: Prefix, routes: bool) -> AddressMessage {
     flags.set(AddressFlags::Nodad, prefix.address.is_ipv6());
     flags.set(AddressFlags::Noprefixroute, !routes);
     message.attributes.push(AddressAttribute::Flags(flags));
-    message
-}
-
-fn route_message(route: &Route, device: Option<u32>) -> RouteMessage {
-    let mut message = RouteMessage::default();
-    message.header.address_family = family(route.destination.address);
-    message.header.destination_prefix_length = route.destination.length;
-    // Its number is an attribute, as it may be too large for the header.
-    message.header.table = RouteHeader::RT_TABLE_UNSPEC;
-    message.header.protocol = RouteProtocol::Static;
-    message.header.kind = RouteType::Unicast;
-    message.header.scope = match route.scope {
-        proto::route::Scope::Universe => RouteScope::Universe,
-        proto::route::Scope::Link => RouteScope::Link,
-        proto::route::Scope::Host => RouteScope::Host,
-    };
-    message.header.flags.set(RouteFlags::Onlink, route.onlink);
-    let table = if route.table == 0 { u32::from(RouteHeader::RT_TABLE_MAIN) } else { route.table };
-    let told = [
-        Some(RouteAttribute::Destination(route.destination.address.into())),
-        Some(RouteAttribute::Table(table)),
-        route.gateway.map(|gateway| RouteAttribute::Gateway(gateway.into())),
-        route.source.map(|source| RouteAttribute::PrefSource(source.into())),
-        device.map(RouteAttribute::Oif),
-        (route.metric != 0).then_some(RouteAttribute::Priority(route.metric)),
-        (route.mtu != 0).then(|| RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)])),
-    ];
-    message.attributes = told.into_iter().flatten().collect();
     message
 }
 

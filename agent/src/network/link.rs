@@ -1,12 +1,12 @@
 //! Messages of network interfaces (`struct ifinfomsg` of rtnetlink(7), and its attributes).
-//!
-//! `netlink-packet-route`'s own know every kind of link there is, and would be a tenth of the agent.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use caisson_protocol::v1::InterfaceCounters;
-use netlink_packet_core::{DecodeError, Emitable, Nla, NlasIterator, Parseable};
+use netlink_packet_core::{DecodeError, Emitable, Parseable};
 use netlink_packet_route::link::{LinkFlags, LinkHeader};
+
+use super::attributes::Attributes;
 
 // Attributes, of linux/if_link.h.
 const IFLA_ADDRESS: u16 = 1;
@@ -19,32 +19,13 @@ const IFLA_NET_NS_FD: u16 = 28;
 #[derive(Default)]
 pub(super) struct Link {
     header: LinkHeader,
-    attributes: Vec<Attribute>,
-}
-
-struct Attribute {
-    kind: u16,
-    value: Vec<u8>,
-}
-
-impl Nla for Attribute {
-    fn value_len(&self) -> usize {
-        self.value.len()
-    }
-
-    fn kind(&self) -> u16 {
-        self.kind
-    }
-
-    fn emit_value(&self, buffer: &mut [u8]) {
-        buffer.copy_from_slice(&self.value);
-    }
+    attributes: Attributes,
 }
 
 impl Link {
     /// A change of the link with this index, of nothing so far.
     pub(super) fn change(index: u32) -> Self {
-        Self { header: LinkHeader { index, ..LinkHeader::default() }, attributes: Vec::new() }
+        Self { header: LinkHeader { index, ..LinkHeader::default() }, attributes: Attributes::default() }
     }
 
     /// Up or down.
@@ -63,16 +44,16 @@ impl Link {
 
     /// Another MTU.
     pub(super) fn mtu(self, mtu: u32) -> Self {
-        self.with(IFLA_MTU, mtu.to_ne_bytes().to_vec())
+        self.with(IFLA_MTU, mtu.to_ne_bytes())
     }
 
     /// Another network namespace.
     pub(super) fn namespace(self, namespace: BorrowedFd<'_>) -> Self {
-        self.with(IFLA_NET_NS_FD, namespace.as_raw_fd().to_ne_bytes().to_vec())
+        self.with(IFLA_NET_NS_FD, namespace.as_raw_fd().to_ne_bytes())
     }
 
-    fn with(mut self, kind: u16, value: Vec<u8>) -> Self {
-        self.attributes.push(Attribute { kind, value });
+    fn with(mut self, kind: u16, value: impl Into<Vec<u8>>) -> Self {
+        self.attributes.push(kind, value);
         self
     }
 
@@ -90,21 +71,21 @@ impl Link {
 
     /// Its name; empty if the kernel did not tell.
     pub(super) fn told_name(&self) -> String {
-        let bytes = self.value(IFLA_IFNAME).unwrap_or_default();
+        let bytes = self.attributes.value(IFLA_IFNAME).unwrap_or_default();
         String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned()
     }
 
     pub(super) fn mac(&self) -> Option<&[u8]> {
-        self.value(IFLA_ADDRESS)
+        self.attributes.value(IFLA_ADDRESS)
     }
 
     pub(super) fn told_mtu(&self) -> Option<u32> {
-        self.value(IFLA_MTU)?.try_into().ok().map(u32::from_ne_bytes)
+        self.attributes.number(IFLA_MTU)
     }
 
     /// `struct rtnl_link_stats64`, which may grow at its end.
     pub(super) fn counters(&self) -> Option<InterfaceCounters> {
-        let (numbers, _) = self.value(IFLA_STATS64)?.as_chunks::<8>();
+        let (numbers, _) = self.attributes.value(IFLA_STATS64)?.as_chunks::<8>();
         let [rx_packets, tx_packets, rx_bytes, tx_bytes, rx_errors, tx_errors, rx_dropped, tx_dropped] =
             numbers.first_chunk()?.map(u64::from_ne_bytes);
         Some(InterfaceCounters {
@@ -118,30 +99,24 @@ impl Link {
             tx_dropped,
         })
     }
-
-    fn value(&self, kind: u16) -> Option<&[u8]> {
-        self.attributes.iter().find(|attribute| attribute.kind == kind).map(|found| found.value.as_slice())
-    }
 }
 
 impl Emitable for Link {
     fn buffer_len(&self) -> usize {
-        self.header.buffer_len() + self.attributes.as_slice().buffer_len()
+        self.header.buffer_len() + self.attributes.buffer_len()
     }
 
     fn emit(&self, buffer: &mut [u8]) {
         let (header, attributes) = buffer.split_at_mut(self.header.buffer_len());
         self.header.emit(header);
-        self.attributes.as_slice().emit(attributes);
+        self.attributes.emit(attributes);
     }
 }
 
 impl Parseable<[u8]> for Link {
     fn parse(bytes: &[u8]) -> Result<Self, DecodeError> {
         let header = LinkHeader::parse(bytes)?;
-        let attributes = NlasIterator::new(bytes.get(header.buffer_len()..).unwrap_or_default())
-            .map(|attribute| attribute.map(|it| Attribute { kind: it.kind(), value: it.value().to_vec() }))
-            .collect::<Result<_, _>>()?;
+        let attributes = Attributes::parse(bytes.get(header.buffer_len()..).unwrap_or_default())?;
         Ok(Self { header, attributes })
     }
 }
@@ -161,7 +136,7 @@ mod tests {
         let read = Link::parse(&bytes).unwrap();
         assert_eq!((read.index(), read.is_up(), read.is_loopback()), (7, true, false));
         assert_eq!((read.told_name().as_str(), read.told_mtu()), ("eth0", Some(1400)));
-        assert_eq!(read.value(IFLA_NET_NS_FD), Some(&namespace.as_raw_fd().to_ne_bytes()[..]));
+        assert_eq!(read.attributes.value(IFLA_NET_NS_FD), Some(&namespace.as_raw_fd().to_ne_bytes()[..]));
         assert!(read.mac().is_none() && read.counters().is_none());
     }
 

@@ -1,7 +1,6 @@
 //! Reads the pod's network back.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 use caisson_protocol::v1 as proto;
@@ -9,18 +8,11 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
-use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteScope, RouteType,
-};
 
 use super::link::Link;
 use super::parse::format_mac;
+use super::route::RouteMessage;
 use super::{NetworkError, enter};
-
-/// RT_TABLE_MAIN of linux/rtnetlink.h.
-const MAIN_TABLE: u32 = 254;
-/// RT_TABLE_LOCAL: the kernel's own entries.
-const LOCAL_TABLE: u32 = 255;
 
 /// Of `pod`, a network namespace: interfaces except loopback, unicast routes of all tables but the local one,
 /// permanent neighbours.
@@ -44,7 +36,7 @@ pub fn list(pod: BorrowedFd<'_>) -> Result<proto::NetworkConfig, NetworkError> {
     let wired = links.iter().filter(|link| !link.is_loopback());
     Ok(proto::NetworkConfig {
         interfaces: wired.map(|link| interface(link, &addresses)).collect(),
-        routes: routes.iter().filter_map(|message| route(message, &names)).collect(),
+        routes: routes.iter().filter_map(|message| message.told(&names)).collect(),
         neighbours: neighbours.iter().filter_map(|message| neighbour(message, &names)).collect(),
     })
 }
@@ -73,54 +65,6 @@ fn address(message: &AddressMessage) -> Option<String> {
         _ => None,
     });
     Some(format!("{}/{}", local.or(any)?, message.header.prefix_len))
-}
-
-fn route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<proto::Route> {
-    let header = &message.header;
-    if header.kind != RouteType::Unicast {
-        return None;
-    }
-    let mut route = proto::Route { onlink: header.flags.contains(RouteFlags::Onlink), ..Default::default() };
-    let mut table = u32::from(header.table);
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Destination(to) => {
-                route.destination = format!("{}/{}", ip(to)?, header.destination_prefix_length);
-            }
-            RouteAttribute::Gateway(address) => route.gateway = ip(address)?.to_string(),
-            RouteAttribute::PrefSource(address) => route.source = ip(address)?.to_string(),
-            RouteAttribute::Oif(index) => route.device = names.get(index).cloned().unwrap_or_default(),
-            RouteAttribute::Priority(metric) => route.metric = *metric,
-            RouteAttribute::Table(number) => table = *number,
-            RouteAttribute::Metrics(metrics) => {
-                route.mtu = metrics.iter().find_map(mtu).unwrap_or(0);
-            }
-            _ => {}
-        }
-    }
-    route.scope = match header.scope {
-        RouteScope::Link => proto::route::Scope::Link,
-        RouteScope::Host => proto::route::Scope::Host,
-        _ => proto::route::Scope::Universe,
-    }
-    .into();
-    route.table = if table == MAIN_TABLE { 0 } else { table };
-    (table != LOCAL_TABLE).then_some(route)
-}
-
-fn mtu(metric: &RouteMetric) -> Option<u32> {
-    match metric {
-        RouteMetric::Mtu(mtu) => Some(*mtu),
-        _ => None,
-    }
-}
-
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
-    match address {
-        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
-        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
-        _ => None,
-    }
 }
 
 fn neighbour(message: &NeighbourMessage, names: &HashMap<u32, String>) -> Option<proto::Neighbour> {
