@@ -14,11 +14,12 @@ mod status;
 mod storages;
 mod transfers;
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use caisson_protocol::limits;
 use caisson_protocol::server::Method;
@@ -33,7 +34,7 @@ use caisson_protocol::v1::{self as proto, Storage};
 use futures_util::FutureExt;
 use processes::Processes;
 use thiserror::Error;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{RwLock, Semaphore, mpsc, watch};
 use tonic::Status;
 use tonic::body::Body;
 use tracing::warn;
@@ -43,7 +44,7 @@ use crate::connection::Incoming;
 use crate::container::{self, Config, Runtime};
 use crate::init::CGROUP_ROOT;
 use crate::pod::Pod;
-use crate::state::State;
+use crate::state::{State, lock};
 use crate::storage::Storages;
 use crate::task;
 use crate::transfer::Transfers;
@@ -107,26 +108,37 @@ fn container_config(state: &State) -> Config {
 /// What the services work on.
 struct Shared {
     state: Arc<State>,
-    /// The one sandbox. Held while it is made or unmade.
-    pod: tokio::sync::Mutex<Option<Arc<Pod>>>,
+    /// The one sandbox. Held while it is made or unmade, and shared while a container is made in it.
+    pod: RwLock<Option<Arc<Pod>>>,
     storages: Arc<Storages>,
     transfers: Transfers,
     runtime: Runtime,
     processes: Processes,
+    /// Ids of containers that are gone but for storages, which did not go.
+    remains: Mutex<BTreeSet<String>>,
 }
 
 impl Shared {
     fn new(state: Arc<State>, runtime: Runtime, processes: Processes) -> Shared {
         let storages = Arc::new(Storages::new(&state.root));
-        let (pod, transfers) = (tokio::sync::Mutex::default(), Transfers::default());
-        Shared { state, pod, storages, transfers, runtime, processes }
+        let (pod, transfers) = (RwLock::default(), Transfers::default());
+        Shared { state, pod, storages, transfers, runtime, processes, remains: Mutex::default() }
     }
 
-    /// Removes a container with its streams and storages.
+    /// Removes a container with its streams and storages. When the latter stay, it may be repeated.
     async fn remove_container(&self, id: &str, force: bool) -> Result<(), Status> {
-        self.runtime.remove(id, force).await?;
+        match self.runtime.remove(id, force).await {
+            Err(container::Error::NoContainer(_)) if lock(&self.remains).contains(id) => {}
+            removed => removed?,
+        }
+        if let Err(left) = self.unmount_all(Some(id.to_owned())).await {
+            lock(&self.remains).insert(id.to_owned());
+            return Err(Status::internal(left.message()));
+        }
+        lock(&self.remains).remove(id);
+        // Last: it frees the id, which a new container's storages may be mounted for from now on.
         self.processes.forget_all(id);
-        self.unmount_all(Some(id.to_owned())).await
+        Ok(())
     }
 
     /// Removes all containers, storages and namespaces, and the control group that they were in.
@@ -139,7 +151,7 @@ impl Shared {
         if let Err(error) = self.unmount_all(None).await {
             warn!(error = error.message(), "storages stay");
         }
-        let pod = self.pod.lock().await.take();
+        let pod = self.pod.write().await.take();
         // Its end waits for its processes.
         let _ = task::blocking(move || drop(pod)).await;
         if let Err(error) = std::fs::remove_dir(container_config(&self.state).cgroup) {
@@ -148,8 +160,8 @@ impl Shared {
     }
 
     async fn pod(&self) -> Result<Arc<Pod>, Status> {
-        let pod = self.pod.lock().await.clone();
-        pod.ok_or_else(|| Status::failed_precondition("the guest has no sandbox"))
+        let pod = self.pod.read().await.clone();
+        pod.ok_or_else(no_sandbox)
     }
 
     async fn mount(&self, storage: Storage, owner: String) -> Result<PathBuf, Status> {
@@ -158,8 +170,13 @@ impl Shared {
     }
 
     async fn unmount_all(&self, owner: Option<String>) -> Result<(), Status> {
-        let storages = self.storages.clone();
-        blocking(move || storages.unmount_all(owner.as_deref())).await
+        let (storages, all) = (self.storages.clone(), owner.is_none());
+        blocking(move || storages.unmount_all(owner.as_deref())).await?;
+        if all {
+            let remains = std::mem::take(&mut *lock(&self.remains));
+            remains.iter().for_each(|id| self.processes.forget_all(id));
+        }
+        Ok(())
     }
 
     fn resolv_conf(&self) -> PathBuf {
@@ -170,6 +187,10 @@ impl Shared {
     fn container_root(&self, id: &str) -> Result<OwnedFd, Status> {
         Ok(self.runtime.root(id)?)
     }
+}
+
+fn no_sandbox() -> Status {
+    Status::failed_precondition("the guest has no sandbox")
 }
 
 /// Sends each call to its service by the path's first component, and to its method by the second.

@@ -47,10 +47,10 @@ async fn exit_codes_are_those_of_a_shell() {
     assert_eq!(bed.run(&bed.spec("exit 42")).await.unwrap().0, 42);
     bed.start(&bed.spec("sleep 100")).await;
     assert!(matches!(bed.runtime.remove("c", false).await, Err(Error::State { .. })));
-    bed.runtime.signal("c", "", 9, false).unwrap();
+    bed.runtime.signal("c", "", 9, false).await.unwrap();
     assert_eq!(bed.runtime.wait("c", "").await.unwrap().status.code(), 137);
     for all in [false, true] {
-        assert!(matches!(bed.runtime.signal("c", "", 9, all), Err(Error::NoProcess { .. })), "{all}");
+        assert!(matches!(bed.runtime.signal("c", "", 9, all).await, Err(Error::NoProcess { .. })), "{all}");
     }
     bed.runtime.remove("c", false).await.unwrap();
 }

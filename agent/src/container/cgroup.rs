@@ -20,6 +20,7 @@ pub use stats::Stats;
 
 use self::watch::Watch;
 use super::{Error, sys};
+use crate::init::CGROUP_ROOT;
 use crate::oci::Resources;
 use crate::oci::resources::DeviceRule;
 
@@ -28,6 +29,9 @@ const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a control group whose last process has just been killed is tried to be removed, and at what distance.
 const REMOVE_TRIES: u32 = 200;
 const REMOVE_PAUSE: Duration = Duration::from_millis(10);
+
+/// Processes and threads of the machine that containers can not have, or a quarter where there are few.
+const RESERVED_PROCESSES: u64 = 512;
 
 /// A container's control group.
 #[derive(Debug)]
@@ -57,6 +61,10 @@ impl Cgroup {
                 let _ = fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
             }
         }
+        // Without the controller there is nothing to be kept back with.
+        if let Some(limit) = process_limit() {
+            let _ = fs::write(path.join("pids.max"), limit.to_string());
+        }
         Ok(())
     }
 
@@ -74,20 +82,23 @@ impl Cgroup {
         &self.path
     }
 
-    /// Moves a process into the group; where the container made itself sub-groups, into one that takes processes.
-    pub(super) fn add(&self, pid: u32) -> Result<(), Error> {
-        let pid = pid.to_string();
-        let mut refused = None;
-        for group in self.groups() {
-            match fs::write(group.join("cgroup.procs"), &pid) {
-                Ok(()) => return Ok(()),
-                // "No internal processes": this one has controllers for its children on.
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => refused = Some(error),
-                Err(error) => return Err(Error::system("join the container's control group")(error)),
-            }
-        }
-        let error = refused.unwrap_or_else(|| io::ErrorKind::NotFound.into());
-        Err(Error::system("join the container's control group")(error))
+    /// Moves a process into the group; where the container made itself sub-groups and this one takes no processes any
+    /// more, into the one that `init`, the container's first process, is in.
+    pub(super) fn add(&self, pid: u32, init: Option<u32>) -> Result<(), Error> {
+        let join = |group: &Path| fs::write(group.join("cgroup.procs"), pid.to_string());
+        let joined = match (join(&self.path), init.and_then(|init| self.group_of(init))) {
+            // "No internal processes": this one has controllers for its children on.
+            (Err(error), Some(group)) if error.raw_os_error() == Some(libc::EBUSY) => join(&group),
+            (result, _) => result,
+        };
+        joined.map_err(Error::system("join the container's control group"))
+    }
+
+    /// The group that a process is in, if it is this one or below it.
+    fn group_of(&self, pid: u32) -> Option<PathBuf> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        Some(Path::new(CGROUP_ROOT).join(path)).filter(|group| group.starts_with(&self.path))
     }
 
     /// Applies limits; what is absent stays.
@@ -135,7 +146,7 @@ impl Cgroup {
         for pid in self.processes()? {
             // By descriptor, and only if it still is one of ours: the pid may have been reused since.
             let Ok(process) = sys::pidfd_open(pid) else { continue };
-            if self.processes()?.contains(&pid) {
+            if self.group_of(pid).is_some() {
                 let _ = sys::pidfd_send_signal(process.as_fd(), signal);
             }
         }
@@ -245,6 +256,13 @@ impl Cgroup {
         let text = fs::read_to_string(self.path.join("cgroup.events"))?;
         stats::keyed(&text, key).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
+}
+
+/// How many processes and threads all containers may have together, so that the agent can always make its own.
+fn process_limit() -> Option<u64> {
+    let read = |file| fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
+    let all = read("/proc/sys/kernel/threads-max")?.min(read("/proc/sys/kernel/pid_max")?);
+    Some(all - RESERVED_PROCESSES.min(all / 4))
 }
 
 fn is_cgroup(path: &Path) -> bool {

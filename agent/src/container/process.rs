@@ -91,6 +91,8 @@ pub(super) struct Launch<'a> {
     pub(super) helper: BorrowedFd<'a>,
     pub(super) reaper: &'a Reaper,
     pub(super) cgroup: &'a Cgroup,
+    /// The first process of the container that it is an exec of.
+    pub(super) init: Option<u32>,
     /// Of the container whose first process it is.
     pub(super) linux: Option<&'a oci::Linux>,
 }
@@ -111,7 +113,7 @@ impl Launch<'_> {
         let helper = Victim(Some(pid_number(helper)?));
         let helper_pid = helper.0.unwrap_or_default();
         // In the control group before it does anything on the container's behalf.
-        self.cgroup.add(helper_pid)?;
+        self.cgroup.add(helper_pid, self.init)?;
         let mut channel = Channel { stream: ours };
         channel.send(&setup)?;
         let mut child = Victim(None);

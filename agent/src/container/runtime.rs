@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::cgroup::{Cgroup, Stats};
 use super::init::wire::{self, ContainerSetup, ExecSetup, Setup};
@@ -24,6 +24,10 @@ use crate::task;
 
 /// How long processes may take to die of SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Processes of a container that are started at a time: a fraction of the agent's workers, so that one container does
+/// not hold them all.
+const TURNS: usize = 4;
 
 /// The containers of this guest. Clones share them.
 #[derive(Clone, Debug)]
@@ -61,6 +65,11 @@ struct Container {
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     paused: Mutex<bool>,
     kills: Mutex<u64>,
+    /// Whether it was removed. Held while that is tried: whoever comes second must not touch a new container of the
+    /// same id.
+    removed: tokio::sync::Mutex<bool>,
+    /// For starts of processes, each of which blocks a worker, for as long as a container likes that stops them.
+    turns: Arc<Semaphore>,
 }
 
 /// Frees an id that is being worked on, unless it was put back.
@@ -74,6 +83,21 @@ impl Drop for Claim<'_> {
         let mut containers = lock(&self.runtime.containers);
         if matches!(containers.get(&self.id), Some(Slot::Busy)) {
             containers.remove(&self.id);
+        }
+    }
+}
+
+/// Frees an exec's id that is being worked on, unless there is a process.
+struct ExecClaim<'a> {
+    container: &'a Container,
+    id: &'a str,
+}
+
+impl Drop for ExecClaim<'_> {
+    fn drop(&mut self) {
+        let mut execs = lock(&self.container.execs);
+        if matches!(execs.get(self.id), Some(None)) {
+            execs.remove(self.id);
         }
     }
 }
@@ -115,6 +139,7 @@ impl Runtime {
     /// [`Error::State`] when it runs or has ended already, [`Error::Exec`] when its program can not be executed.
     pub async fn start(&self, id: &str) -> Result<(), Error> {
         let container = self.inner.container(id)?;
+        let _turn = container.turn().await?;
         self.blocking(move |_| container.init.start(&container.id)).await
     }
 
@@ -123,14 +148,16 @@ impl Runtime {
     /// # Errors
     /// [`Error::State`] unless the container runs, [`Error::Exists`], or what is wrong with the process.
     pub async fn exec(&self, request: ExecRequest) -> Result<Created, Error> {
-        self.blocking(move |inner| inner.exec(request)).await
+        let container = self.inner.container(&request.container)?;
+        let _turn = container.turn().await?;
+        self.blocking(move |inner| inner.exec(&container, request)).await
     }
 
     /// Sends a signal to the init process (`process` empty) or an exec, or to `all` processes of the container.
     ///
     /// # Errors
     /// [`Error::NoProcess`] when it, or for `all` the init process, has ended.
-    pub fn signal(&self, id: &str, process: &str, signal: i32, all: bool) -> Result<(), Error> {
+    pub async fn signal(&self, id: &str, process: &str, signal: i32, all: bool) -> Result<(), Error> {
         let container = self.inner.container(id)?;
         if !(1..=64).contains(&signal) {
             return Err(Error::invalid("signal", format!("{signal} is not between 1 and 64")));
@@ -142,7 +169,7 @@ impl Runtime {
         if container.init.exit().is_some() {
             return Err(no_process(id, ""));
         }
-        container.cgroup.signal_all(signal)
+        self.blocking(move |_| container.cgroup.signal_all(signal)).await
     }
 
     /// Returns when the process has ended, at once if it has.
@@ -175,9 +202,20 @@ impl Runtime {
     /// [`Error::State`] unless it has ended or was never started, or `force` is set.
     pub async fn remove(&self, id: &str, force: bool) -> Result<(), Error> {
         let container = self.inner.container(id)?;
+        let runtime = self.clone();
+        // As one piece, even if this call is cancelled.
+        let removed = task::detached(async move { runtime.remove_once(container, force).await }).await;
+        removed.map_err(|panicked| Error::system("run a task")(panicked.into()))?
+    }
+
+    async fn remove_once(&self, container: Arc<Container>, force: bool) -> Result<(), Error> {
+        let mut removed = container.removed.lock().await;
+        if *removed {
+            return Err(Error::NoContainer(container.id.clone()));
+        }
         let state = container.state();
         if !force && matches!(state, State::Running | State::Paused) {
-            return Err(Error::State { id: id.to_owned(), actual: state });
+            return Err(Error::State { id: container.id.clone(), actual: state });
         }
         self.blocking({
             let container = container.clone();
@@ -191,13 +229,17 @@ impl Runtime {
         tokio::time::timeout(KILL_TIMEOUT, gone)
             .await
             .map_err(|_| Error::system("wait for killed processes")(io::ErrorKind::TimedOut.into()))??;
-        let id = id.to_owned();
-        self.blocking(move |inner| {
-            container.cgroup.remove()?;
-            lock(&inner.containers).remove(&id);
-            Ok(())
+        self.blocking({
+            let container = container.clone();
+            move |inner| {
+                container.cgroup.remove()?;
+                lock(&inner.containers).remove(&container.id);
+                Ok(())
+            }
         })
-        .await
+        .await?;
+        *removed = true;
+        Ok(())
     }
 
     /// Sets the size of a process's terminal, in characters.
@@ -373,6 +415,8 @@ impl Inner {
             execs: Mutex::default(),
             paused: Mutex::new(false),
             kills: Mutex::new(0),
+            removed: tokio::sync::Mutex::default(),
+            turns: Arc::new(Semaphore::new(TURNS)),
         });
         lock(&self.containers).insert(id, Slot::Ready(container.clone()));
         drop(claim);
@@ -386,10 +430,9 @@ impl Inner {
         Ok(created)
     }
 
-    fn exec(&self, request: ExecRequest) -> Result<Created, Error> {
-        let ExecRequest { container, id, process, stdio } = request;
+    fn exec(&self, container: &Arc<Container>, request: ExecRequest) -> Result<Created, Error> {
+        let ExecRequest { container: _, id, process, stdio } = request;
         let (process, text) = process.into_parts();
-        let container = self.container(&container)?;
         validate::id("exec_id", &id)?;
         validate::process(&process)?;
         let state = container.state();
@@ -403,6 +446,7 @@ impl Inner {
             }
             execs.insert(id.clone(), None);
         }
+        let undo = ExecClaim { container, id: &id };
         let setup = ExecSetup {
             init: container.init.pid(),
             user_namespace: container.spec.linux().namespace(NamespaceKind::User).is_some(),
@@ -412,23 +456,21 @@ impl Inner {
             filter: container.filter.clone(),
         };
         let setup = Setup { process: Some(wire::Process::Exec(setup)) };
-        let launch = self.launch(&container.cgroup, None);
+        let launch = Launch { init: Some(container.init.pid()), ..self.launch(&container.cgroup, None) };
         let launched = launch.run(setup, &process, stdio).and_then(|(child, created)| {
-            child.start(&id)?;
+            if let Err(error) = child.start(&id) {
+                // It may be stopped, and would execute its program some day.
+                let _ = child.signal(&container.id, libc::SIGKILL);
+                return Err(error);
+            }
             Ok((child, created))
         });
-        match launched {
-            Ok((child, created)) => {
-                let child = Arc::new(child);
-                lock(&container.execs).insert(id.clone(), Some(child.clone()));
-                task::spawn(report_exit(self.events.clone(), container, id, child));
-                Ok(created)
-            }
-            Err(error) => {
-                lock(&container.execs).remove(&id);
-                Err(error)
-            }
-        }
+        let (child, created) = launched?;
+        let child = Arc::new(child);
+        lock(&container.execs).insert(id.clone(), Some(child.clone()));
+        drop(undo);
+        task::spawn(report_exit(self.events.clone(), container.clone(), id, child));
+        Ok(created)
     }
 
     /// Makes a container's first process, and sets the container's limits.
@@ -454,11 +496,15 @@ impl Inner {
     }
 
     fn launch<'a>(&'a self, cgroup: &'a Cgroup, linux: Option<&'a oci::Linux>) -> Launch<'a> {
-        Launch { helper: self.helper.as_fd(), reaper: &self.reaper, cgroup, linux }
+        Launch { helper: self.helper.as_fd(), reaper: &self.reaper, cgroup, init: None, linux }
     }
 }
 
 impl Container {
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, Error> {
+        self.turns.clone().acquire_owned().await.map_err(|_| Error::HelperGone)
+    }
+
     fn process(&self, id: &str) -> Result<Arc<Process>, Error> {
         if id.is_empty() {
             return Ok(self.init.clone());

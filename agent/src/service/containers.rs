@@ -7,7 +7,7 @@ use caisson_protocol::limits::{MAX_CONTAINERS, MAX_EXECS};
 use caisson_protocol::v1::{self as proto, containers_server, event};
 use tonic::{Request, Response, Status};
 
-use super::{Shared, stats};
+use super::{Shared, no_sandbox, stats};
 use crate::container::{self, CreateRequest, ExecRequest};
 use crate::oci;
 use crate::task;
@@ -22,9 +22,11 @@ impl containers_server::Containers for Service {
         request: Request<proto::CreateContainerRequest>,
     ) -> Result<Response<proto::CreateContainerResponse>, Status> {
         self.0.state.accepting()?;
-        self.0.pod().await?;
         let (shared, request) = (self.0.clone(), request.into_inner());
         detached(async move {
+            // Held: the sandbox's end waits, and then finds the container.
+            let pod = shared.pod.read().await;
+            pod.as_ref().ok_or_else(no_sandbox)?;
             let id = request.id.clone();
             // Taken at once: a second create of the same id must not undo the first one's storages.
             let created = create(&shared, request).await;
@@ -63,7 +65,7 @@ impl containers_server::Containers for Service {
         if request.all && !request.exec_id.is_empty() {
             return Err(Status::invalid_argument("all: an exec is one process, not the container's all"));
         }
-        self.0.runtime.signal(&request.container_id, &request.exec_id, signal, request.all)?;
+        self.0.runtime.signal(&request.container_id, &request.exec_id, signal, request.all).await?;
         Ok(Response::new(proto::SignalResponse {}))
     }
 
@@ -132,20 +134,26 @@ impl containers_server::Containers for Service {
         &self,
         request: Request<proto::PauseContainerRequest>,
     ) -> Result<Response<proto::PauseContainerResponse>, Status> {
-        let container_id = request.into_inner().container_id;
-        self.0.runtime.pause(&container_id).await?;
-        self.0.state.emit(event::Kind::Paused(proto::ContainerPaused { container_id }));
-        Ok(Response::new(proto::PauseContainerResponse {}))
+        let (shared, container_id) = (self.0.clone(), request.into_inner().container_id);
+        detached(async move {
+            shared.runtime.pause(&container_id).await?;
+            shared.state.emit(event::Kind::Paused(proto::ContainerPaused { container_id }));
+            Ok(proto::PauseContainerResponse {})
+        })
+        .await
     }
 
     async fn resume_container(
         &self,
         request: Request<proto::ResumeContainerRequest>,
     ) -> Result<Response<proto::ResumeContainerResponse>, Status> {
-        let container_id = request.into_inner().container_id;
-        self.0.runtime.resume(&container_id).await?;
-        self.0.state.emit(event::Kind::Resumed(proto::ContainerResumed { container_id }));
-        Ok(Response::new(proto::ResumeContainerResponse {}))
+        let (shared, container_id) = (self.0.clone(), request.into_inner().container_id);
+        detached(async move {
+            shared.runtime.resume(&container_id).await?;
+            shared.state.emit(event::Kind::Resumed(proto::ContainerResumed { container_id }));
+            Ok(proto::ResumeContainerResponse {})
+        })
+        .await
     }
 
     async fn stats(
@@ -225,10 +233,10 @@ async fn create(
     match made.await {
         Ok(pid) => Ok(proto::CreateContainerResponse { pid, streams: Some(ids) }),
         Err(error) => {
-            shared.processes.forget(&id, "");
-            if let Err(left) = shared.unmount_all(Some(id)).await {
+            if let Err(left) = shared.unmount_all(Some(id.clone())).await {
                 shared.state.fault("containers", format!("undo: {}", left.message()));
             }
+            shared.processes.forget(&id, "");
             Err(error)
         }
     }

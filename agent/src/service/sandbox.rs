@@ -39,7 +39,7 @@ impl sandbox_server::Sandbox for Service {
         // Cancelled calls must not leave half a pod: the work goes on in a task of its own.
         let shared = self.0.clone();
         let created = task::detached(async move {
-            let mut pod = shared.pod.lock().await;
+            let mut pod = shared.pod.write().await;
             if pod.is_some() {
                 return Err(Status::already_exists("the guest has a sandbox"));
             }
@@ -69,13 +69,13 @@ impl sandbox_server::Sandbox for Service {
         };
         let shared = self.0.clone();
         let destroyed = task::detached(async move {
-            let mut pod = shared.pod.lock().await;
             let deadline = Instant::now() + limit;
+            let late = |what: &str| Status::deadline_exceeded(format!("{what} for {limit:?}"));
+            let locked = timeout_at(deadline, shared.pod.write()).await;
+            let mut pod = locked.map_err(|_| late("a container is being made"))?;
             for container in shared.runtime.list() {
                 let removed = timeout_at(deadline, shared.remove_container(&container.id, true)).await;
-                removed.map_err(|_| {
-                    Status::deadline_exceeded(format!("{} survives SIGKILL for {limit:?}", container.id))
-                })??;
+                removed.map_err(|_| late(&format!("{} survives SIGKILL", container.id)))??;
             }
             shared.unmount_all(None).await?;
             if let Some(pod) = pod.take() {
