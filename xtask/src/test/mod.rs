@@ -37,7 +37,7 @@ const SOAK_LIMIT: u64 = 12 * 3600;
 
 /// The tests that containerd's version may make a difference to, as a nextest filter. Left out are those that ask much of
 /// an emulated machine and little of containerd.
-const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/) - binary(/^shim_(disks|kubelet|network)/) \
+const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/) - binary(/^shim_disks/) \
                                - test(/_that_dies_at_any_/)";
 
 /// Options of `cargo xtask test`. Without any, everything runs but the soaks.
@@ -196,11 +196,12 @@ fn nextest_in(
     Ok(command)
 }
 
-/// The tests to run on a variant: both have the same kernel, so what has nothing to do with containerd runs on one.
+/// The tests to run on a variant: both have the same kernel, so what has nothing to do with containerd runs on one. Soaks
+/// have all the time that they need.
 fn filter(args: &TestArgs, variant: Option<Variant>) -> Option<String> {
     match (&args.filter, variant) {
         (Some(asked), _) => Some(asked.clone()),
-        (None, Some(Variant::Sid)) => Some(WITH_CONTAINERD.to_owned()),
+        (None, Some(Variant::Sid)) if !args.soak => Some(WITH_CONTAINERD.to_owned()),
         (None, _) => None,
     }
 }
