@@ -43,11 +43,7 @@ impl Cri {
     /// # Errors
     /// When nothing answers there.
     pub async fn connect(socket: PathBuf) -> Result<Self> {
-        let channel = Endpoint::from_static("http://containerd")
-            .connect_with_connector(service_fn(move |_: Uri| dial(socket.clone())))
-            .await
-            .context("connecting to CRI")?;
-        Ok(Self { client: RuntimeServiceClient::new(channel) })
+        Ok(Self { client: RuntimeServiceClient::new(channel(socket).await?) })
     }
 
     /// The generated client, for a call that has no method of its own here.
@@ -304,6 +300,17 @@ pub async fn ready() -> Result<(Node, Cri, Holdings)> {
     }
     let before = Holdings::now()?;
     Ok((node, cri, before))
+}
+
+/// A connection to a containerd, for a client of any of its services.
+///
+/// # Errors
+/// When nothing answers at its socket.
+pub async fn channel(socket: PathBuf) -> Result<Channel> {
+    Endpoint::from_static("http://containerd")
+        .connect_with_connector(service_fn(move |_: Uri| dial(socket.clone())))
+        .await
+        .context("connecting to containerd")
 }
 
 async fn dial(socket: PathBuf) -> std::io::Result<TokioIo<UnixStream>> {

@@ -7,6 +7,7 @@
 //! | [`cri`] | a small CRI client, the kubelet's side |
 //! | [`streaming`] | the streams that CRI serves beside its calls: exec, attach, port-forward |
 //! | [`ctr`] | containerd's own client, as a person types it |
+//! | [`tasks`] | containerd's own service for tasks, call by call |
 //! | [`events`] | what containerd tells of containers' lives |
 //! | [`record`] | which processes a pod of ours consists of |
 //! | [`cost`] | the time of each call of a pod's life, the memory of its processes |
@@ -40,5 +41,6 @@ pub mod oci;
 pub mod pod_vm;
 pub mod record;
 pub mod streaming;
+pub mod tasks;
 pub mod vmm;
 pub mod vsock;
