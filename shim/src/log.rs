@@ -11,6 +11,8 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::id::Id;
 
+/// Up to so many bytes a write goes into a fifo as a whole or not at all (pipe(7)).
+const PIPE_BUF: usize = 4096;
 /// The fifo in the bundle, which containerd reads.
 const FIFO: &str = "log";
 
@@ -80,7 +82,32 @@ impl Write for Line<'_> {
 
 impl Drop for Line<'_> {
     fn drop(&mut self) {
-        // A fifo that is full loses the line; up to a page (PIPE_BUF, pipe(7)) it is lost as a whole.
+        // What is logged may be a guest's word, and is to be no line of its own.
+        let end = self.text.trim_ascii_end().len().min(PIPE_BUF - 1);
+        self.text.truncate(end);
+        self.text.iter_mut().filter(|byte| **byte == b'\n').for_each(|byte| *byte = b' ');
+        self.text.push(b'\n');
+        // A fifo that is full loses the line, as a whole.
         let _ = (&*self.log.fifo).write(&self.text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_line_is_one_whatever_is_said_in_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let log = Log { fifo: Arc::new(file.reopen().unwrap()), ids: "pod=p ".into() };
+        for text in ["said\npod=q forged\n".to_owned(), "x".repeat(2 * PIPE_BUF)] {
+            log.make_writer().write_all(text.as_bytes()).unwrap();
+        }
+        let mut text = String::new();
+        file.reopen().unwrap().read_to_string(&mut text).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[0], "pod=p said pod=q forged");
+        assert_eq!((lines.len(), lines[1].len()), (2, PIPE_BUF - 1));
     }
 }
