@@ -304,7 +304,8 @@ impl Share {
             return Err(ShareError::Device(path.to_owned()));
         }
         options.read_only &= !own;
-        let (source, writable) = (Source::new(&found, &options), !options.read_only);
+        let mounted = rustix::fs::statvfs(path).map_err(|errno| at("look at", path)(errno.into()))?.f_flag;
+        let (source, writable) = (Source::new(&found, mounted, &options), !options.read_only);
         if let Some(placed) = self.volumes().find(&source, writable, container) {
             return Ok(placed);
         }

@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::sync::mpsc;
 use std::thread;
 
-use rustix::mount::{MountFlags, mount, mount_bind_recursive, unmount};
+use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_remount, unmount};
 
 use super::*;
 
@@ -276,6 +276,13 @@ fn containers_that_have_the_same_volume_share_one() {
     assert!(![0, 1, 2, 3, 4, 5, 6].map(there).contains(&true));
     let placed = share.add_volume(journal, &id("c1"), &volume(&directory, &["rbind"])).unwrap();
     assert_eq!(fs::read_to_string(share.path().join(placed.path).join("file")).unwrap(), "one");
+    // By a path where the host itself has it read only, it is another thing, for whoever comes next, too.
+    mount_remount(&elsewhere, MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
+    let views = [&elsewhere, &directory].map(|source| {
+        let placed = share.add_volume(journal, &id("c2"), &volume(source, &["rbind"])).unwrap();
+        fs::write(share.path().join(placed.path).join("file"), "three").is_ok()
+    });
+    assert_eq!(views, [false, true]);
     unmount(&elsewhere, rustix::mount::UnmountFlags::DETACH).unwrap();
     host.undo();
 }

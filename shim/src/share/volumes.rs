@@ -9,6 +9,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::StatVfsMountFlags;
 use rustix::mount::MountFlags;
 
 use super::Placed;
@@ -23,6 +24,8 @@ pub(super) const DIRECTORY: &str = "_volumes";
 pub(super) struct Source {
     device: u64,
     inode: u64,
+    /// What may be done there on the host: two mounts of one directory may differ in that.
+    mounted: StatVfsMountFlags,
     recursive: bool,
     recursive_read_only: bool,
     propagation: Propagation,
@@ -30,10 +33,11 @@ pub(super) struct Source {
 }
 
 impl Source {
-    pub(super) fn new(found: &Metadata, options: &Options) -> Source {
+    pub(super) fn new(found: &Metadata, mounted: StatVfsMountFlags, options: &Options) -> Source {
         Source {
             device: found.dev(),
             inode: found.ino(),
+            mounted,
             recursive: options.recursive,
             recursive_read_only: options.recursive_read_only,
             propagation: options.propagation,
