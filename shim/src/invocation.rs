@@ -25,7 +25,8 @@ pub struct Invocation {
     /// containerd's gRPC socket.
     #[arg(long, default_value = "")]
     pub address: String,
-    /// The binary that publishes events to containerds without a ttrpc socket.
+    /// The binary that publishes events to containerds without a ttrpc socket, of which there is none any more: accepted,
+    /// and not used.
     #[arg(long, default_value = "")]
     pub publish_binary: String,
     /// The bundle. Without it, the working directory is the bundle.
@@ -138,6 +139,8 @@ impl ReplyFormat {
 ///
 /// Hashed, because a unix socket's path is limited to 107 bytes (unix(7)) while identifiers may be long.
 pub fn socket_path(directory: &Path, containerd: &str, namespace: &Id, pod: &Id) -> PathBuf {
+    // Some calls have the address as a URI, and some as a path.
+    let containerd = containerd.strip_prefix("unix://").unwrap_or(containerd);
     let mut hash = Sha256::new();
     // containerd's address may hold any byte but NUL, so NUL keeps the parts apart.
     for part in [containerd, namespace.as_str(), pod.as_str()] {
@@ -230,5 +233,7 @@ mod tests {
         let pair = |namespace, pod| socket_path(Path::new("/s"), "/c", &id(namespace), &id(pod));
         assert_ne!(pair("ab", "c"), pair("a", "bc"));
         assert_eq!(pair("a", "b"), pair("a", "b"));
+        let of = |address| socket_path(Path::new("/s"), address, &id("n"), &id("p"));
+        assert_eq!(of("unix:///run/c.sock"), of("/run/c.sock"));
     }
 }

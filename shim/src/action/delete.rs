@@ -10,7 +10,7 @@ use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 
+use super::start::{ADDRESS, URI};
 use super::{ActionError, SOCKETS, Subject, io_error};
 use crate::directory::{self, DirectoryError, PodDirectory};
 use crate::id::Id;
@@ -70,7 +71,11 @@ pub fn undo(invocation: &Invocation) -> Result<Vec<u8>, ActionError> {
         directory.clean()?;
     }
     if first {
-        let socket = socket_path(Path::new(SOCKETS), &invocation.address, &subject.namespace, &pod);
+        let told = fs::read_to_string(subject.bundle.join(ADDRESS)).ok();
+        let socket = told.as_deref().and_then(|address| address.strip_prefix(URI)).map(PathBuf::from);
+        let socket = socket.unwrap_or_else(|| {
+            socket_path(Path::new(SOCKETS), &invocation.address, &subject.namespace, &pod)
+        });
         if UnixStream::connect(&socket).is_err() {
             match fs::remove_file(&socket) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}

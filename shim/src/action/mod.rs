@@ -19,7 +19,7 @@ use std::process::ExitStatus;
 use crate::bundle::{BundleError, Role, Spec};
 use crate::config::ConfigFiles;
 use crate::directory::DirectoryError;
-use crate::id::Id;
+use crate::id::{Id, IdError};
 use crate::invocation::Invocation;
 use crate::journal::UndoError;
 use crate::options::OptionsError;
@@ -37,6 +37,14 @@ pub enum ActionError {
     /// A flag that containerd always passes.
     #[error("the flag -{0} is missing")]
     Missing(&'static str),
+    /// A name that can't be one.
+    #[error("{what} of the parameters")]
+    Id {
+        /// Which one.
+        what: &'static str,
+        /// What is wrong with it.
+        source: IdError,
+    },
     /// The bundle.
     #[error("the bundle")]
     Bundle(#[from] BundleError),

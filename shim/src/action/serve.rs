@@ -37,12 +37,9 @@ pub fn run(invocation: &Invocation) -> Result<(), ActionError> {
         .build()
         .map_err(io_error("make an executor"))?;
     let served = runtime.block_on(serve(subject, invocation));
-    if let Some(socket) = &invocation.socket {
-        // `delete` may have been faster.
-        let _ = fs::remove_file(socket);
-    }
     if let Err(error) = &served {
         tracing::error!(error = log::one_line(error), "the shim can't go on");
+        remove_socket(invocation);
     }
     runtime.shutdown_timeout(LAST_WORDS);
     served
@@ -73,15 +70,20 @@ async fn serve(subject: Subject, invocation: &Invocation) -> Result<(), ActionEr
         _ = terminate.recv() => pod.shutdown(true).await,
         _ = interrupt.recv() => pod.shutdown(true).await,
     }
-    if let Some(socket) = &invocation.socket {
-        // From here on a new shim may be started for a pod of the same name.
-        let _ = fs::remove_file(socket);
-    }
+    // From here on a new shim may be started for a pod of the same name, whose socket has the same path.
+    remove_socket(invocation);
     if tokio::time::timeout(LAST_WORDS, server.shutdown()).await.is_err() {
         tracing::debug!("containerd keeps its connection");
     }
     publisher.close(LAST_WORDS).await;
     Ok(())
+}
+
+fn remove_socket(invocation: &Invocation) {
+    if let Some(socket) = &invocation.socket {
+        // `delete` may have been faster.
+        let _ = fs::remove_file(socket);
+    }
 }
 
 fn inherited_socket() -> Result<tokio::net::UnixListener, ActionError> {

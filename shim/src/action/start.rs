@@ -27,7 +27,9 @@ const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
 const MAX_PARAMS: u64 = 4 << 20;
 /// In every container's bundle: where its shim listens. A containerd 1.7 that comes back finds its containers by this
 /// file, and takes one without it for dead.
-const ADDRESS: &str = "address";
+pub(super) const ADDRESS: &str = "address";
+/// What such an address begins with.
+pub(super) const URI: &str = "unix://";
 /// In the bundle: the handler's configuration, when containerd has it as text.
 const HANDLER_CONFIG: &str = "caisson.toml";
 
@@ -38,28 +40,38 @@ const HANDLER_CONFIG: &str = "caisson.toml";
 pub fn run(invocation: &Invocation) -> Result<Vec<u8>, ActionError> {
     let input = read_input()?;
     if invocation.id.is_some() {
-        let address = find_or_start(invocation, HandlerConfig::from_stdin(&input)?, &[])?;
+        let sockets = Path::new(SOCKETS);
+        let address = find_or_start(invocation, HandlerConfig::from_stdin(&input)?, sockets, &[])?;
         let version = std::env::var(MAX_SHIM_VERSION).ok();
         return Ok(ReplyFormat::from_max_version(version.as_deref()).reply(&address)?.into_bytes());
     }
     // containerd from 2.3 on says all of it on standard input, and reads a message, too.
     let params = BootstrapParams::parse_from_bytes(&input)?;
-    let parse = |text: &str| text.parse().ok();
-    let told = Invocation {
-        namespace: parse(&params.namespace),
-        id: parse(&params.instance_id),
-        address: params.containerd_grpc_address.clone(),
-        publish_binary: params.containerd_binary.clone(),
-        ..(*invocation).clone()
-    };
+    let told = told(&params, invocation)?;
     let environment = [(TTRPC_ADDRESS, params.containerd_ttrpc_address.as_str())];
+    let sockets = params.socket_dir.as_deref().filter(|directory| !directory.is_empty()).unwrap_or(SOCKETS);
+    let handler = HandlerConfig::from_params(&params)?;
     let result = BootstrapResult {
         version: i32::try_from(TASK_API_VERSION).unwrap_or(i32::MAX),
-        address: find_or_start(&told, HandlerConfig::from_params(&params)?, &environment)?,
+        address: find_or_start(&told, handler, Path::new(sockets), &environment)?,
         protocol: "ttrpc".into(),
         ..BootstrapResult::default()
     };
     Ok(result.write_to_bytes()?)
+}
+
+/// The call as it would be by flags.
+fn told(params: &BootstrapParams, invocation: &Invocation) -> Result<Invocation, ActionError> {
+    let id = |what, text: &str| text.parse().map_err(|source| ActionError::Id { what, source });
+    Ok(Invocation {
+        namespace: Some(id("namespace", &params.namespace)?),
+        id: Some(id("instance_id", &params.instance_id)?),
+        address: params.containerd_grpc_address.clone(),
+        publish_binary: params.containerd_binary.clone(),
+        // More verbose levels are the negative ones.
+        debug: invocation.debug || params.log_level.value() < 0,
+        ..invocation.clone()
+    })
 }
 
 /// What containerd says on standard input: nothing, when there is nothing to be said.
@@ -76,12 +88,13 @@ fn read_input() -> Result<Vec<u8>, ActionError> {
 fn find_or_start(
     invocation: &Invocation,
     handler: Option<HandlerConfig>,
+    sockets: &Path,
     environment: &[(&str, &str)],
 ) -> Result<String, ActionError> {
     let subject = Subject::of(invocation)?;
     let (pod, first) = subject.pod()?;
-    let socket = socket_path(Path::new(SOCKETS), &invocation.address, &subject.namespace, &pod);
-    let address = format!("unix://{}", socket.display());
+    let socket = socket_path(sockets, &invocation.address, &subject.namespace, &pod);
+    let address = format!("{URI}{}", socket.display());
     let note = subject.bundle.join(ADDRESS);
     fs::write(&note, &address).map_err(io_error(format!("write {note:?}")))?;
     if UnixStream::connect(&socket).is_ok() {
@@ -163,4 +176,28 @@ fn spawn(
     // For people. Nothing depends on it.
     let _ = fs::write(subject.bundle.join("shim.pid"), child.id().to_string());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use containerd_shim_protos::protobuf::EnumOrUnknown;
+
+    #[test]
+    fn a_message_says_what_flags_say() {
+        let flags = Invocation::parse_from_go(["shim", "start"].map(Into::into)).unwrap();
+        let mut params = BootstrapParams {
+            instance_id: "c1".into(),
+            namespace: "n".into(),
+            containerd_grpc_address: "unix:///run/c.sock".into(),
+            ..BootstrapParams::default()
+        };
+        let same = ["shim", "-id", "c1", "-namespace", "n", "-address", "unix:///run/c.sock", "start"];
+        let same = Invocation::parse_from_go(same.map(Into::into)).unwrap();
+        assert_eq!(told(&params, &flags).unwrap(), same);
+        params.log_level = EnumOrUnknown::from_i32(-4);
+        assert!(told(&params, &flags).unwrap().debug);
+        params.instance_id = "../c1".into();
+        assert!(matches!(told(&params, &flags), Err(ActionError::Id { what: "instance_id", .. })));
+    }
 }

@@ -58,7 +58,7 @@ pub enum Resource {
         interface: String,
     },
     /// A process. It has an identity only once it exists, so it is recorded while it waits, before it does anything,
-    /// for a byte on a pipe whose other end its maker holds: a maker that dies earlier ends it.
+    /// for a request on a socket whose other end its maker holds: a maker that dies earlier ends it.
     Process(ProcessId),
 }
 
