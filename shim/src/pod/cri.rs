@@ -105,26 +105,31 @@ impl PodSandboxConfig {
             files: vec![
                 (super::spec::HOSTNAME, format!("{}\n", self.hostname).into_bytes()),
                 (super::spec::HOSTS, copy_of(HOSTS)?),
-                (
-                    super::spec::RESOLV_CONF,
-                    self.dns.as_ref().map_or_else(|| copy_of(RESOLV_CONF), Dns::text)?,
-                ),
+                (super::spec::RESOLV_CONF, resolv_conf(self.dns.as_ref())?),
             ],
             hostname: self.hostname,
             domainname: String::new(),
             network_namespace: (!network_namespace.is_empty()).then(|| PathBuf::from(network_namespace)),
             sysctls: linux.sysctls.into_iter().collect(),
             cgroups_path: cgroups_path(&linux.cgroup_parent, id),
-            annotations: self.annotations.into_iter().filter(|(key, _)| !is_containerds(key)).collect(),
+            annotations: of_author(self.annotations),
             limits,
         })
     }
 }
 
-/// Whether an annotation is one that containerd says things by in bundles. Here they are the pod author's: they must not
-/// pass for what containerd says.
-fn is_containerds(key: &str) -> bool {
-    key.starts_with("io.kubernetes.cri.")
+/// The annotations of a pod's author, who must not pass for containerd: in bundles it says things by some of them.
+pub fn of_author(mut annotations: HashMap<String, String>) -> HashMap<String, String> {
+    annotations.retain(|key, _| !key.starts_with("io.kubernetes.cri."));
+    annotations
+}
+
+/// The pod's resolver, which is the host's when nothing is said of it.
+fn resolv_conf(dns: Option<&Dns>) -> Result<Vec<u8>, PodError> {
+    match dns.map(Dns::text).transpose()? {
+        Some(text) if !text.is_empty() => Ok(text),
+        _ => copy_of(RESOLV_CONF),
+    }
 }
 
 impl Dns {

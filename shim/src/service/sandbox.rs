@@ -16,7 +16,7 @@ use containerd_shim_protos::types::platform::Platform;
 use prost::Message;
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::{detached, stats};
+use super::{detached, stats, status};
 use crate::pod::bare::BareState;
 use crate::pod::cri::{self, PodSandboxConfig};
 use crate::pod::{Pod, PodError};
@@ -66,7 +66,7 @@ impl Sandbox for SandboxService {
             let config = PodSandboxConfig::decode(&*options.value)
                 .map_err(|error| PodError::Invalid(format!("options: {error}")))?;
             let mut wanted = config.sandbox(&request.sandbox_id, &request.netns_path)?;
-            wanted.annotations.extend(request.annotations);
+            wanted.annotations.extend(cri::of_author(request.annotations));
             pod.create_sandbox(wanted)?;
             Ok(CreateSandboxResponse::default())
         })
@@ -112,7 +112,8 @@ impl Sandbox for SandboxService {
         request: WaitSandboxRequest,
     ) -> ttrpc::Result<WaitSandboxResponse> {
         let pod = self.pod(&request.sandbox_id);
-        let exit = detached(async move { Ok(pod?.wait_sandbox().await) }).await?;
+        // What only waits need not outlive its call.
+        let exit = pod.map_err(|error| status(&error))?.wait_sandbox().await;
         Ok(WaitSandboxResponse {
             exit_status: exit.code,
             exited_at: MessageField::some(wire::timestamp(exit.at)),
