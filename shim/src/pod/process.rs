@@ -109,36 +109,40 @@ impl Process {
         self.order.lock().await
     }
 
-    /// It was started; told by the one who holds [`starting`](Self::starting).
-    pub fn started(&self, _held: &MutexGuard<'_, ()>) {
-        self.status.send_if_modified(|status| {
-            let changes = *status == Status::Created;
-            if changes {
-                *status = Status::Running;
-            }
-            changes
-        });
+    /// It was started; told by the one who holds [`starting`](Self::starting). Returns whether it was waiting for that
+    /// until now.
+    pub fn started(&self, _held: &MutexGuard<'_, ()>) -> bool {
+        self.step_from_created(Status::Running)
     }
 
     /// It will never run: who waits for its end learns that there is none to wait for, and nobody else is told. Returns
     /// whether it was waiting to be started until now.
     pub fn abandon(&self) -> bool {
+        self.step_from_created(Status::Stopped(Exit::killed()))
+    }
+
+    fn step_from_created(&self, next: Status) -> bool {
         self.status.send_if_modified(|status| {
-            let changes = *status == Status::Created;
-            if changes {
-                *status = Status::Stopped(Exit::killed());
+            let waits = *status == Status::Created;
+            if waits {
+                *status = next;
             }
-            changes
+            waits
         })
     }
 
     /// It has ended: once its output has gone where it belongs, this is told. Only the first end counts.
+    ///
+    /// What nobody takes in time waits on until the process is forgotten: a containerd that is away comes back for it.
+    /// What may only come yet, from others that the process has left with its output, is not waited for.
     pub async fn end(&self, exit: Exit, pid: u32, events: &Events) {
         let streams = self.streams.lock().await.take();
         if let Some(mut streams) = streams
             && !streams.finish(OUTPUT).await
+            && streams.is_waiting()
         {
-            tracing::warn!(container = self.container, exec = self.exec, "output was not taken and is lost");
+            tracing::warn!(container = self.container, exec = self.exec, "output is not taken, and waits");
+            *self.streams.lock().await = Some(streams);
         }
         let _held = self.order.lock().await;
         let first = self.status.send_if_modified(|status| {
@@ -165,6 +169,12 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+    use tokio::net::unix::pipe;
+    use tokio::time::Instant;
+
     #[tokio::test]
     async fn the_first_end_counts_and_all_who_wait_hear_of_it() {
         let (events, _publisher) = Events::publish("", "n");
@@ -179,7 +189,7 @@ mod tests {
         assert_eq!(waiting.await.unwrap(), exit);
         assert_eq!(process.wait().await, exit);
         let held = process.starting().await;
-        process.started(&held);
+        assert!(!process.started(&held));
         assert_eq!(process.exit(), Some(exit), "what has ended does not start");
     }
 
@@ -194,9 +204,43 @@ mod tests {
         assert_eq!(waiting.await.unwrap(), process.exit().unwrap());
         assert!(!process.abandon());
         let process = Process::new("c", "e", Stdio::default());
-        process.started(&process.starting().await);
+        assert!(process.started(&process.starting().await));
         assert!(!process.abandon());
         assert_eq!(process.status(), Status::Running);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_that_nobody_takes_outlives_the_process_and_does_not_hold_it_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("out");
+        mknodat(CWD, &fifo, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        // Open, and not read from.
+        let mut reader = pipe::OpenOptions::new().open_receiver(&fifo).unwrap();
+        let (mut guest, shim) = UnixStream::pair().unwrap();
+        let (events, _publisher) = Events::publish("", "n");
+        let process = Process::new("c", "", Stdio::default());
+        process.attach(Streams::of_output(shim, fifo.to_str().unwrap())).await;
+        let said = vec![7; 100_000];
+        guest.write_all(&said).await.unwrap();
+        drop(guest);
+        let begin = Instant::now();
+        process.end(Exit::killed(), 1, &events).await;
+        assert_eq!(begin.elapsed().as_secs(), OUTPUT.as_secs());
+        let mut taken = Vec::new();
+        reader.read_to_end(&mut taken).await.unwrap();
+        assert_eq!(taken, said);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_that_may_come_yet_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_guest, shim) = UnixStream::pair().unwrap();
+        let (events, _publisher) = Events::publish("", "n");
+        let process = Process::new("c", "", Stdio::default());
+        let file = format!("file://{}/out", directory.path().display());
+        process.attach(Streams::of_output(shim, &file)).await;
+        process.end(Exit::killed(), 1, &events).await;
+        assert!(process.streams.lock().await.is_none());
     }
 
     #[tokio::test]

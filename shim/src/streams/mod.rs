@@ -5,24 +5,27 @@
 //!
 //! Fifos for output are opened for reading as well: then the reader may go and come back (a containerd that restarts)
 //! without anything getting lost, and a write never fails. The fifo for input has its end when its writer closes it,
-//! or when containerd says so ([`Input::close`]), whichever comes first; what is in it by then still goes through.
+//! or when containerd says so ([`Streams::close_input`]), whichever comes first; what is in it by then still goes through.
+//! That of a terminal has no end but the latter: whoever types may go and come back, too.
 
 mod pump;
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use caisson_protocol::client::{Client, StreamError};
 use caisson_protocol::connect::UnixVsock;
 use caisson_protocol::v1;
+use tokio::io::AsyncRead;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
-use self::pump::{Sink, Source};
+use self::pump::{End, Sink, Source};
 
 /// Where containerd wants a process's streams. Empty: nowhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,9 +71,11 @@ impl Stdio {
 }
 
 /// The streams of a process, being copied. Dropping them stops that.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Streams {
     outputs: JoinSet<()>,
+    /// Of each output, whether there is something that nobody takes.
+    waiting: Vec<Arc<AtomicBool>>,
     input: Option<Input>,
 }
 
@@ -97,31 +102,42 @@ impl Streams {
         ids: &v1::StreamIds,
         stdio: &Stdio,
     ) -> Result<Streams, ConnectError> {
-        let mut streams = Streams { outputs: JoinSet::new(), input: None };
+        let mut streams = Streams::default();
         if ids.terminal != 0 {
             let (from, to) = agent.stream(ids.terminal).await?.into_split();
             if !stdio.stdin.is_empty() {
-                streams.input = Some(Input::copy(Source::open(&stdio.stdin)?, to, pump::End::Detach));
+                streams.input = Some(Input::copy(&stdio.stdin, to, End::Detach)?);
             } else {
                 // To drop it would be to half-close the connection.
                 to.forget();
             }
-            streams.outputs.spawn(pump::output(from, Sink::open(&stdio.stdout)?));
+            streams.copy_out(from, &stdio.stdout)?;
             return Ok(streams);
         }
         for (id, path) in [(ids.stdout, &stdio.stdout), (ids.stderr, &stdio.stderr)] {
             if id != 0 {
                 let (from, to) = agent.stream(id).await?.into_split();
                 to.forget();
-                streams.outputs.spawn(pump::output(from, Sink::open(path)?));
+                streams.copy_out(from, path)?;
             }
         }
         if ids.stdin != 0 {
             let (from, to) = agent.stream(ids.stdin).await?.into_split();
             drop(from);
-            streams.input = Some(Input::copy(Source::open(&stdio.stdin)?, to, pump::End::Close));
+            streams.input = Some(Input::copy(&stdio.stdin, to, End::Close)?);
         }
         Ok(streams)
+    }
+
+    fn copy_out(
+        &mut self,
+        from: impl AsyncRead + Unpin + Send + 'static,
+        path: &str,
+    ) -> Result<(), ConnectError> {
+        let waits = Arc::new(AtomicBool::new(false));
+        self.outputs.spawn(pump::output(from, Sink::open(path)?, waits.clone()));
+        self.waiting.push(waits);
+        Ok(())
     }
 
     /// Lets what is in the input's fifo by now through, and closes the process's input.
@@ -139,12 +155,27 @@ impl Streams {
         let all = async { while self.outputs.join_next().await.is_some() {} };
         timeout(limit, all).await.is_ok()
     }
+
+    /// Whether there is output that nobody takes. It goes where it belongs once somebody does.
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.iter().any(|waits| waits.load(Ordering::Relaxed))
+    }
 }
 
 impl Input {
-    fn copy(from: Source, to: OwnedWriteHalf, end: pump::End) -> Input {
-        let close = Arc::new(Notify::new());
+    fn copy(from: &str, to: OwnedWriteHalf, end: End) -> Result<Input, ConnectError> {
+        let (from, close) = (Source::open(from, end)?, Arc::new(Notify::new()));
         let task = tokio::spawn(pump::input(from, to, close.clone(), end));
-        Input { close, task }
+        Ok(Input { close, task })
+    }
+}
+
+#[cfg(test)]
+impl Streams {
+    /// One output, for tests of those who have streams.
+    pub fn of_output(from: tokio::net::UnixStream, path: &str) -> Streams {
+        let mut streams = Streams::default();
+        streams.copy_out(from, path).unwrap();
+        streams
     }
 }

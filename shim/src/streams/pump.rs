@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FileType;
 use tokio::fs::File;
@@ -80,26 +81,29 @@ impl Sink {
 }
 
 impl Source {
-    /// Opens a fifo.
-    pub(super) fn open(path: &str) -> Result<Source, ConnectError> {
+    /// Opens a fifo. Where its end means nothing, it has none: its writer may go and come back.
+    pub(super) fn open(path: &str, end: End) -> Result<Source, ConnectError> {
         let path = Path::new(path);
-        pipe::OpenOptions::new().open_receiver(path).map(Source).map_err(open_error(path))
+        let receiver = pipe::OpenOptions::new().read_write(end == End::Detach).open_receiver(path);
+        receiver.map(Source).map_err(open_error(path))
     }
 }
 
 /// Copies until the guest ends the stream. An output that can't be written is read all the same: the process must not
-/// be held up by it.
-pub(super) async fn output(mut from: impl AsyncRead + Unpin, mut to: Sink) {
+/// be held up by it. `waits` is true while there is something that nobody takes.
+pub(super) async fn output(mut from: impl AsyncRead + Unpin, mut to: Sink, waits: Arc<AtomicBool>) {
     let mut chunk = vec![0; CHUNK];
     loop {
         match from.read(&mut chunk).await {
             Ok(0) => return,
             Ok(length) => {
                 let bytes = chunk.get(..length).unwrap_or_default();
+                waits.store(true, Ordering::Relaxed);
                 if let Err(error) = to.write(bytes).await {
                     tracing::warn!(%error, "output is lost: it can't be written");
                     to = Sink::Nowhere;
                 }
+                waits.store(false, Ordering::Relaxed);
             }
             Err(error) => {
                 tracing::debug!(%error, "the guest broke an output off");
@@ -169,7 +173,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = fifo(directory.path(), "out");
         let (guest, shim) = UnixStream::pair().unwrap();
-        let task = tokio::spawn(output(shim, Sink::open(path.to_str().unwrap()).unwrap()));
+        let task = tokio::spawn(output(shim, Sink::open(path.to_str().unwrap()).unwrap(), Arc::default()));
         let mut guest = guest;
         guest.write_all(b"before").await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -193,7 +197,7 @@ mod tests {
         let path = fifo(directory.path(), "in");
         let (mut guest, shim) = UnixStream::pair().unwrap();
         let close = Arc::new(Notify::new());
-        let source = Source::open(path.to_str().unwrap()).unwrap();
+        let source = Source::open(path.to_str().unwrap(), End::Close).unwrap();
         let mut writer = pipe::OpenOptions::new().open_sender(&path).unwrap();
         writer.write_all(&[7; 60_000]).await.unwrap();
         close.notify_one();
@@ -210,7 +214,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = fifo(directory.path(), "in");
         let (mut guest, shim) = UnixStream::pair().unwrap();
-        let source = Source::open(path.to_str().unwrap()).unwrap();
+        let source = Source::open(path.to_str().unwrap(), End::Close).unwrap();
         let (_from, to) = shim.into_split();
         let task = tokio::spawn(input(source, to, Arc::new(Notify::new()), End::Close));
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -229,7 +233,11 @@ mod tests {
         let path = directory.path().join("log");
         for _ in 0..2 {
             let (mut guest, shim) = UnixStream::pair().unwrap();
-            let task = tokio::spawn(output(shim, Sink::open(&format!("file://{}", path.display())).unwrap()));
+            let task = tokio::spawn(output(
+                shim,
+                Sink::open(&format!("file://{}", path.display())).unwrap(),
+                Arc::default(),
+            ));
             guest.write_all(b"x").await.unwrap();
             drop(guest);
             task.await.unwrap();
