@@ -11,7 +11,7 @@
 //! | [`bundle`] | which pod a container belongs to, from its bundle's `config.json` |
 //! | [`config`] | the node's configuration, and what a pod's annotations may change of it |
 //! | [`sizing`] | how many vCPUs and how much memory a pod's machine gets |
-//! | [`service`] | containerd's task API on the shim's socket |
+//! | [`service`] | containerd's task and sandbox APIs on the shim's socket |
 //! | [`pod`] | the pod: its sandbox, containers and processes |
 //! | [`machine`] | the jailed VMM and the agent in it |
 //! | [`share`] | the directory that the machine is served, with root file systems and volumes in it |

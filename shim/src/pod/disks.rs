@@ -31,7 +31,8 @@ pub struct Wanted {
     pub read_only: bool,
 }
 
-/// The raw disks of a pod. Containers that want the same device have one disk, and so one cache in the guest.
+/// The raw disks of a pod. Containers that want the same device in the same way have one disk, and so one cache in the
+/// guest. One that is only to read has another disk than one that writes: the host keeps the guest from writing by it.
 #[derive(Debug, Default)]
 pub struct RawDisks(Mutex<Vec<Plugged>>);
 

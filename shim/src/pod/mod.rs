@@ -31,11 +31,12 @@ pub mod volumes;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use caisson_protocol::v1;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use self::container::{Container, NewContainer};
 pub use self::error::PodError;
@@ -52,6 +53,8 @@ use crate::share::Mount;
 
 /// How long a shim with nothing to do waits for containerd to end it, once that has said that it is done.
 const FORGOTTEN: Duration = Duration::from_secs(5);
+/// Between two attempts to follow the guest's events.
+const HEAR_AGAIN: Duration = Duration::from_secs(5);
 
 /// What a pod is known by and made with.
 #[derive(Debug)]
@@ -164,7 +167,11 @@ impl Pod {
             }
             return Err(error);
         }
-        process.started(&held);
+        if !process.started(&held) {
+            // Whoever had it made has lost patience in the meantime, and nobody knows it any more.
+            container.discard_exec(exec).await;
+            return Err(PodError::NotFound(format!("{id} {exec}: was deleted while it was started")));
+        }
         let (container_id, exec_id) = (id.to_owned(), exec.to_owned());
         self.events.emit(if exec.is_empty() {
             Event::Start { container: container_id, pid }
@@ -200,6 +207,9 @@ impl Pod {
         let process = container.process(exec)?;
         let pid = container.sandbox().machine().pid();
         if exec.is_empty() {
+            // A start that is under way comes first, and whoever else deletes it.
+            let _held = process.starting().await;
+            self.container(id)?;
             if process.status() == Status::Running {
                 return Err(PodError::State(format!("{id}: is running")));
             }
@@ -347,20 +357,28 @@ impl Pod {
     }
 
     /// Has containerd told of containers that run out of memory, for as long as the machine lives.
-    fn report_memory_shortage(self: &Arc<Self>, sandbox: &Sandbox) {
-        let (pod, mut agent) = (Arc::downgrade(self), sandbox.machine().agent().agent());
+    fn report_memory_shortage(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
+        let (pod, sandbox) = (Arc::downgrade(self), sandbox.clone());
         tokio::spawn(async move {
-            let Ok(stream) = agent.events(v1::EventsRequest::default()).await else { return };
-            let mut stream = stream.into_inner();
-            while let Ok(Some(event)) = stream.message().await {
-                let Some(v1::event::Kind::Oom(oom)) = event.kind else { continue };
-                let Some(pod) = pod.upgrade() else { return };
-                // The guest's word is good for its own containers: containerd looks the id up among all of the node's.
-                if pod.container(&oom.container_id).is_ok_and(|container| !container.is_pause()) {
-                    pod.events.emit(Event::OutOfMemory { container: oom.container_id });
+            let mut next = 0;
+            loop {
+                let Err(status) = hear_of_shortages(&pod, &sandbox, &mut next).await else { return };
+                if timeout(HEAR_AGAIN, sandbox.machine().ended()).await.is_ok() {
+                    return;
                 }
+                tracing::warn!(error = ?status.message(), "the guest's events broke off");
             }
         });
+    }
+
+    /// The guest's word is good for its own containers: containerd looks the id up among all of the node's.
+    fn is_short_of_memory(&self, container: &str) {
+        if let Ok(container) = self.container(container)
+            && !container.is_pause()
+            && container.may_tell_of_shortage()
+        {
+            self.events.emit(Event::OutOfMemory { container: container.id().to_owned() });
+        }
     }
 
     /// Waits for the end of a process in a task of its own.
@@ -394,6 +412,25 @@ impl Pod {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Follows the guest's events, from `next` on, which is kept up to date. Returns once the pod is gone, and with an error
+/// when they break off.
+async fn hear_of_shortages(pod: &Weak<Pod>, sandbox: &Sandbox, next: &mut u64) -> Result<(), tonic::Status> {
+    let mut agent = sandbox.machine().agent().agent();
+    // If those are gone, it is to be the ones from then on.
+    let from_sequence = std::mem::take(next);
+    let request = v1::EventsRequest { from_sequence, ..v1::EventsRequest::default() };
+    let mut stream = agent.events(request).await?.into_inner();
+    *next = from_sequence;
+    while let Some(event) = stream.message().await? {
+        *next = event.sequence.saturating_add(1);
+        let Some(pod) = pod.upgrade() else { return Ok(()) };
+        if let Some(v1::event::Kind::Oom(oom)) = event.kind {
+            pod.is_short_of_memory(&oom.container_id);
+        }
+    }
+    Err(tonic::Status::unavailable("they came to an end"))
 }
 
 /// An id that is taken for a container in the making, and free again if nothing comes of it.

@@ -44,7 +44,8 @@ pub struct Sandbox {
     share: Arc<Share>,
     /// Taken at the end, when it is undone.
     host: Mutex<Option<HostSide>>,
-    journal: Arc<Mutex<Journal>>,
+    /// Taken when that begins: what is made from then on would be in no record.
+    journal: Arc<Mutex<Option<Journal>>>,
     names: v1::CreateSandboxResponse,
     /// Where the host has the pod's own files, if nobody else has made them.
     files: Option<PathBuf>,
@@ -123,7 +124,7 @@ impl Sandbox {
                 size: tokio::sync::Mutex::new(size),
                 share: Arc::new(share),
                 host: Mutex::new(Some(host)),
-                journal: Arc::new(Mutex::new(journal)),
+                journal: Arc::new(Mutex::new(Some(journal))),
                 names,
                 raw_disks: RawDisks::default(),
                 volumes: Volumes::default(),
@@ -213,14 +214,17 @@ impl Sandbox {
     /// Changes the share, on a thread that may wait for file systems.
     ///
     /// # Errors
-    /// Those of `change`.
+    /// Those of `change`, and when the pod is being undone.
     pub async fn with_share<T: Send + 'static>(
         &self,
         change: impl FnOnce(&Share, &mut Journal) -> Result<T, PodError> + Send + 'static,
     ) -> Result<T, PodError> {
         let (share, journal) = (self.share.clone(), self.journal.clone());
         let changed = tokio::task::spawn_blocking(move || {
-            change(&share, &mut journal.lock().unwrap_or_else(PoisonError::into_inner))
+            match &mut *journal.lock().unwrap_or_else(PoisonError::into_inner) {
+                Some(journal) => change(&share, journal),
+                None => Err(PodError::State("the pod is being removed".to_owned())),
+            }
         });
         changed.await?
     }
@@ -247,10 +251,12 @@ impl Sandbox {
         }
         self.machine.stop().await;
         let host = self.host.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match host {
-            Some(host) => undo(host).await,
-            None => Ok(()),
-        }
+        let Some(host) = host else { return Ok(()) };
+        let journal = self.journal.clone();
+        // What is just being made is in the record before that is undone.
+        let closed = move || drop(journal.lock().unwrap_or_else(PoisonError::into_inner).take());
+        tokio::task::spawn_blocking(closed).await?;
+        undo(host).await
     }
 }
 

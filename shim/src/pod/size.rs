@@ -71,9 +71,9 @@ impl PodSize {
             }
             return Err(error);
         }
-        self.become_of(machine, after).await?;
+        // The limits inside hold by now, whether the machine follows or not.
         self.demand = demand;
-        Ok(())
+        self.become_of(machine, after).await
     }
 
     /// A container is gone. The machine stays as it is: its place is kept for the next one.

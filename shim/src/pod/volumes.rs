@@ -53,6 +53,8 @@ pub struct Volumes(Mutex<State>);
 struct State {
     /// By the path on the host.
     known: HashMap<PathBuf, Known>,
+    /// How many were begun.
+    count: usize,
     watch: Option<Watch>,
 }
 
@@ -137,8 +139,11 @@ async fn mount(machine: &Machine, id: &str, tmpfs: v1::Tmpfs) -> Result<String, 
 }
 
 impl State {
-    fn next_id(&self) -> String {
-        format!("volume-{}", self.known.len())
+    /// An id that none had before: the guest may still have what has failed.
+    fn next_id(&mut self) -> String {
+        let number = self.count;
+        self.count = number.saturating_add(1);
+        format!("volume-{number}")
     }
 
     fn keep(&mut self, source: &Path, id: String, path: String) -> Known {
@@ -190,7 +195,13 @@ impl State {
                 return Ok(None);
             }
         };
-        self.fill(machine, source, id, root, entries).await.map(Some)
+        let filled = self.fill(machine, source, id, root, entries).await;
+        if filled.is_err()
+            && let Some(watch) = &self.watch
+        {
+            watch.forget(source);
+        }
+        filled.map(Some)
     }
 
     /// Makes a file system in the guest's memory with these files, in place of `source`.
@@ -205,7 +216,12 @@ impl State {
         let tmpfs = v1::Tmpfs { size: WRITTEN_SIZE, inodes: 0, mode, uid, gid };
         let path = mount(machine, &id, tmpfs).await?;
         let request = v1::SyncTreeRequest { storage_id: id.clone(), entries };
-        machine.answer(machine.agent().storages().sync_tree(call(request))).await?;
+        let mut storages = machine.agent().storages();
+        if let Err(error) = machine.answer(storages.sync_tree(call(request))).await {
+            // The guest's memory is the pod's; should this fail, too, it gets it back with the machine's end.
+            let _ = machine.answer(storages.unmount_storage(call(v1::UnmountStorageRequest { id }))).await;
+            return Err(error.into());
+        }
         Ok(self.keep(source, id, path))
     }
 }

@@ -1,11 +1,13 @@
 //! A container of a pod, and what containerd can ask of it.
 
+mod make;
+
 use std::collections::HashMap;
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use caisson_protocol::client::{call, with_deadline};
 use caisson_protocol::v1;
@@ -16,16 +18,14 @@ use super::disks::{self, Wanted};
 use super::error::PodError;
 use super::process::{Exit, Process, Status};
 use super::sandbox::Sandbox;
-use super::spec::{self, Bind, GuestSpec, Place};
-use super::volumes::StandIn;
+use super::spec;
 use crate::bundle::Spec;
 use crate::id::Id;
-use crate::journal::Journal;
 use crate::log::one_line;
 use crate::machine::AGENT_GONE;
 use crate::phases::Phases;
-use crate::share::{Disk, Mount, Share};
-use crate::sizing::{Change, Demand, Limits};
+use crate::share::Mount;
+use crate::sizing::{Change, Demand};
 use crate::streams::{Stdio, Streams};
 
 /// How long the agent may take to make or remove a container.
@@ -34,8 +34,13 @@ const LONG: Duration = Duration::from_secs(120);
 const SIGNAL: Duration = Duration::from_secs(10);
 /// How long a container may take to end, with its output, once it was killed. CRI clients wait for two minutes.
 const KILLED: Duration = Duration::from_secs(60);
+/// The least time between two words of a container's shortage of memory.
+const SHORTAGES: Duration = Duration::from_secs(1);
 /// The signal that nobody can refuse.
 const SIGKILL: u32 = 9;
+/// What ends a pause container elsewhere: the first process of a namespace takes no others than it asks for
+/// (pid_namespaces(7)), which are SIGINT and SIGTERM.
+const ENDS_PAUSE: [u32; 3] = [2, SIGKILL, 15];
 
 /// What a container is made from.
 #[derive(Clone, Debug, Default)]
@@ -73,6 +78,8 @@ pub struct Container {
     execs: Mutex<HashMap<String, Exec>>,
     disks: Mutex<Disks>,
     paused: AtomicBool,
+    /// When containerd was last told that it is short of memory.
+    shortage: Mutex<Option<Instant>>,
 }
 
 /// The disks that are plugged for it.
@@ -82,15 +89,6 @@ struct Disks {
     root: Option<u8>,
     /// Those that it has raw.
     raw: Vec<Wanted>,
-}
-
-/// Where the mounts of a container come from that are not new ones.
-#[derive(Debug, Default)]
-struct StandIns {
-    /// From the host.
-    shared: Vec<Bind>,
-    /// From parts of what the guest has.
-    parts: Vec<v1::Storage>,
 }
 
 #[derive(Clone, Debug)]
@@ -111,11 +109,11 @@ impl Container {
             execs: Mutex::default(),
             disks: Mutex::default(),
             paused: AtomicBool::new(false),
+            shortage: Mutex::default(),
         }
     }
 
-    /// Shares its files, makes it in the guest up to the point where its process waits to be started, and connects its
-    /// streams.
+    /// Makes it, up to the point where its process waits to be started.
     ///
     /// # Errors
     /// When any of it fails; nothing of it is left then.
@@ -136,6 +134,7 @@ impl Container {
             execs: Mutex::default(),
             disks: Mutex::default(),
             paused: AtomicBool::new(false),
+            shortage: Mutex::default(),
         };
         let made = container.make(new, id, spec, member).await;
         if made.is_err()
@@ -144,123 +143,6 @@ impl Container {
             tracing::error!(container = container.id, error = one_line(&error), "undo a container's making");
         }
         made.map(|()| container)
-    }
-
-    async fn make(&self, new: NewContainer, id: Id, spec: Spec, member: bool) -> Result<(), PodError> {
-        let mut phases = Phases::begin();
-        let limits = spec::limits(&spec.config).apply(Limits::default());
-        let oom_score = spec.config.pointer("/process/oomScoreAdj").and_then(Value::as_i64);
-        let name = spec.name().unwrap_or(&new.id);
-        let add = |demand: &mut Demand| demand.add(name, &new.id, limits);
-        self.sandbox.size().await.grow(self.sandbox.machine(), add).await?;
-        phases.done("size");
-        let (root, shm) = (self.sandbox.guest_path(&format!("{id}/rootfs")), self.sandbox.guest_shm());
-        let (names, files) = (self.sandbox.names(), self.sandbox.files());
-        let place = Place { member, root: &root, shm: &shm, files, names };
-        let rootfs =
-            if new.rootfs.is_empty() { vec![bundled_root(&new.bundle, &spec.config)] } else { new.rootfs };
-        let mut guest = spec::container(spec.config, &place)?;
-        let root_disk = self.plug_root(&rootfs).await?;
-        self.plug_devices(&mut guest).await?;
-        let StandIns { shared: binds, mut parts } = self.stand_ins(&id, &mut guest).await?;
-        let shared_root = root_disk.is_none().then_some(rootfs);
-        let share_id = id.clone();
-        let add = move |share: &Share, journal: &mut Journal| {
-            if let Some(rootfs) = shared_root {
-                share.add_rootfs(journal, &share_id, &rootfs)?;
-            }
-            let mut placed = Vec::new();
-            for bind in &binds {
-                placed.push((bind.index, share.add_volume(journal, &share_id, &bind.volume)?));
-            }
-            Ok(placed)
-        };
-        for (index, placed) in self.sandbox.with_share(add).await? {
-            let path = placed.path.to_string_lossy();
-            match placed.part {
-                None => guest.set_source(index, &self.sandbox.guest_path(&path)),
-                Some(part) => {
-                    let part = self.sandbox.shared_part(&path, part);
-                    parts.push(self.part_storage(&id, &mut guest, index, part));
-                }
-            }
-        }
-        phases.done("share");
-        let request = v1::CreateContainerRequest {
-            id: new.id,
-            spec: serde_json::to_vec(&guest.spec).map_err(spec::SpecError::from)?,
-            rootfs_storage: root_disk.as_ref().map(|storage| storage.id.clone()).unwrap_or_default(),
-            storages: root_disk.into_iter().chain(parts).collect(),
-            streams: Some(new.stdio.selection()),
-        };
-        let mut containers = self.sandbox.containers();
-        let made = self.answer(containers.create_container(with_deadline(request, LONG))).await?;
-        phases.done("guest");
-        self.attach(&self.init, made.streams).await?;
-        phases.done("streams");
-        if let Some(oom_score) = oom_score.and_then(|value| i32::try_from(value).ok()) {
-            self.sandbox.spare_as_much_as(oom_score);
-        }
-        tracing::info!(container = self.id, %phases, "created");
-        Ok(())
-    }
-
-    /// Gives the machine the disk that its root file system is on, if that is so; the guest then mounts it.
-    async fn plug_root(&self, rootfs: &[Mount]) -> Result<Option<v1::Storage>, PodError> {
-        let mounts = rootfs.to_owned();
-        let Some(disk) = tokio::task::spawn_blocking(move || Disk::of(&mounts)).await?? else {
-            return Ok(None);
-        };
-        let slot = disks::plug(self.sandbox.machine(), &disk.file, disk.device()).await?;
-        self.disks().root = Some(slot);
-        Ok(Some(disk.storage(&format!("root-{slot}"), slot.into())))
-    }
-
-    /// Gives the machine the block devices that it has raw.
-    async fn plug_devices(&self, guest: &mut GuestSpec) -> Result<(), PodError> {
-        let mut devices = Vec::new();
-        for (index, wanted) in guest.block_devices() {
-            let number = self.sandbox.raw_disks().take(self.sandbox.machine(), wanted).await?;
-            self.disks().raw.push(wanted);
-            devices.push((index, wanted, number));
-        }
-        guest.renumber(&devices);
-        Ok(())
-    }
-
-    /// Has the guest's own volumes take the place of the host's where that is better.
-    async fn stand_ins(&self, id: &Id, guest: &mut GuestSpec) -> Result<StandIns, PodError> {
-        let mut found = StandIns::default();
-        let (machine, volumes) = (self.sandbox.machine(), self.sandbox.volumes());
-        for bind in std::mem::take(&mut guest.binds) {
-            if let Some(files) = self.sandbox.files()
-                && let Ok(name) = bind.volume.source.strip_prefix(files)
-            {
-                let copies = volumes.files(machine, files).await?;
-                guest.set_source(bind.index, &format!("{copies}/{}", name.display()));
-                continue;
-            }
-            match volumes.stand_in(machine, &bind.volume).await? {
-                Some(StandIn::Directory(path)) => guest.set_source(bind.index, &path),
-                Some(StandIn::HugePages(size)) => guest.set_huge_pages(bind.index, size),
-                Some(StandIn::Part(part)) => {
-                    found.parts.push(self.part_storage(id, guest, bind.index, part));
-                }
-                None => found.shared.push(bind),
-            }
-        }
-        Ok(found)
-    }
-
-    /// A storage of a part of what the guest has, from which a mount comes.
-    fn part_storage(&self, id: &Id, guest: &mut GuestSpec, index: usize, part: v1::Part) -> v1::Storage {
-        let storage = v1::Storage {
-            id: format!("part-{index}-{id}"),
-            source: Some(v1::storage::Source::Part(part)),
-            ..v1::Storage::default()
-        };
-        guest.set_source(index, &self.sandbox.guest_storage(&storage.id));
-        storage
     }
 
     async fn attach(&self, process: &Process, ids: Option<v1::StreamIds>) -> Result<(), PodError> {
@@ -298,6 +180,17 @@ impl Container {
     /// Whether it is paused.
     pub fn is_paused(&self) -> bool {
         self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Whether containerd is to be told, once more, that it is short of memory: a guest can say so as often as it likes,
+    /// and containerd writes down each time that it hears of it.
+    pub fn may_tell_of_shortage(&self) -> bool {
+        let mut told = self.shortage.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = told.is_none_or(|told| told.elapsed() >= SHORTAGES);
+        if may {
+            *told = Some(Instant::now());
+        }
+        may
     }
 
     /// One of its processes; its own with an empty `exec`.
@@ -364,12 +257,16 @@ impl Container {
             process: spec.map(|spec| spec.to_vec()).unwrap_or_default(),
             streams: Some(process.stdio.selection()),
         };
-        let made = self.answer(self.sandbox.containers().exec(with_deadline(request, LONG))).await?;
-        let attached = self.attach(process, made.streams).await;
-        if attached.is_err() {
-            self.kill_exec(&process.exec).await;
+        let made = match self.answer(self.sandbox.containers().exec(with_deadline(request, LONG))).await {
+            Ok(made) => self.attach(process, made.streams).await,
+            // It may still be made.
+            Err(error) if error.code() == Code::DeadlineExceeded => Err(error),
+            Err(error) => return Err(error),
+        };
+        if made.is_err() {
+            self.discard_exec(&process.exec).await;
         }
-        attached
+        made
     }
 
     /// How a process ends: waits until it has.
@@ -414,9 +311,10 @@ impl Container {
     /// When it has ended, and the agent's own.
     pub async fn signal(&self, exec: &str, signal: u32, all: bool) -> Result<(), PodError> {
         if self.is_pause() {
-            // There is no process to choose its answer: whatever ends others ends the pod.
-            let sandbox = self.sandbox.clone();
-            tokio::spawn(async move { sandbox.machine().stop().await });
+            if ENDS_PAUSE.contains(&signal) {
+                let sandbox = self.sandbox.clone();
+                tokio::spawn(async move { sandbox.machine().stop().await });
+            }
             return Ok(());
         }
         let own = exec.is_empty();
@@ -529,7 +427,10 @@ impl Container {
             resources: resources.to_string().into_bytes(),
         };
         let inside = async {
-            self.answer(self.sandbox.containers().update_container(call(request))).await?;
+            // Without any, there is nothing to be changed inside.
+            if !resources.is_null() {
+                self.answer(self.sandbox.containers().update_container(call(request))).await?;
+            }
             Ok(())
         };
         size.change(machine, |demand| demand.change(&self.id, change), inside).await
@@ -578,7 +479,10 @@ impl Container {
             }
         }
         self.unplug_all().await?;
-        self.sandbox.with_share(move |share, journal| Ok(share.remove(journal, &id)?)).await
+        match self.sandbox.with_share(move |share, journal| Ok(share.remove(journal, &id)?)).await {
+            Err(_) if self.sandbox.is_destroyed() => Ok(()),
+            result => result,
+        }
     }
 
     /// Gives its disks back; what fails is tried again by the next call.
@@ -606,17 +510,25 @@ impl Container {
         if removed.process.abandon() {
             return;
         }
+        self.forget_exec(exec).await;
+    }
+
+    async fn forget_exec(&self, exec: &str) {
         let request = v1::DeleteExecRequest { container_id: self.id.clone(), exec_id: exec.to_owned() };
         // The container may be gone by now, or the machine.
         let _ = self.answer(self.sandbox.containers().delete_exec(call(request))).await;
     }
 
-    async fn kill_exec(&self, exec: &str) {
-        let container_id = self.id.clone();
-        let request =
-            v1::SignalRequest { container_id, exec_id: exec.to_owned(), signal: SIGKILL, all: false };
-        // It may have ended by itself.
-        let _ = self.answer(self.sandbox.containers().signal(call(request))).await;
+    /// Rids the guest of an added process that nobody is to have, however far it has come there.
+    pub async fn discard_exec(&self, exec: &str) {
+        let mut containers = self.sandbox.containers();
+        let (container_id, exec_id) = (self.id.clone(), exec.to_owned());
+        let kill = v1::SignalRequest { container_id, exec_id, signal: SIGKILL, all: false };
+        // Each may find that it is gone, with its container or the machine.
+        let _ = self.answer(containers.signal(with_deadline(kill, SIGNAL))).await;
+        let end = v1::WaitRequest { container_id: self.id.clone(), exec_id: exec.to_owned() };
+        let _ = self.answer(containers.wait(with_deadline(end, KILLED))).await;
+        self.forget_exec(exec).await;
     }
 
     fn runs_something(&self) -> Result<(), PodError> {
@@ -629,17 +541,5 @@ impl Container {
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The root file system of a bundle that was not given mounts: the directory that `root.path` names, absolute or in
-/// the bundle.
-fn bundled_root(bundle: &Path, config: &Value) -> Mount {
-    let path = config.pointer("/root/path").and_then(Value::as_str).unwrap_or("rootfs");
-    Mount {
-        kind: "bind".into(),
-        source: bundle.join(path).to_string_lossy().into_owned(),
-        target: String::new(),
-        options: vec!["rbind".into(), "rw".into()],
     }
 }
