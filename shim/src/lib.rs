@@ -25,6 +25,7 @@
 //! | [`directory`] | the pod's directory, and who owns it |
 //! | [`journal`] | the record of all that was made for a pod, and its undoing |
 //! | `failpoint` | dying on purpose, for tests |
+//! | [`mountinfo`] | the mounts in sight |
 //! | [`log`], [`wire`] | lines for containerd's log; pieces of its messages |
 
 pub mod action;
@@ -39,6 +40,7 @@ pub mod invocation;
 pub mod journal;
 pub mod log;
 pub mod machine;
+pub mod mountinfo;
 pub mod network;
 pub mod oom_score;
 pub mod options;

@@ -4,7 +4,7 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -72,6 +72,36 @@ async fn a_pod_runs_containers_on_a_kernel_of_its_own() -> Result<()> {
     let ended = cri.wait(&brief).await?;
     ensure!(ended.exit_code == 9, "{ended:?}");
     cri.remove_pod(&pod).await.with_context(|| node.containerd_log())?;
+    before.assert_nothing_added()
+}
+
+/// Has the pod's machine stand still, or go on.
+fn signal_machine(signal: &str) -> Result<()> {
+    let sent = Command::new("pkill").args([signal, "--exact", "caisson-vmm"]).status()?;
+    ensure!(sent.success(), "pkill: {sent}");
+    Ok(())
+}
+
+/// A probe has a second, and a guest may need longer to begin it.
+#[tokio::test]
+async fn a_probe_that_is_given_up_while_it_begins_leaves_no_process() -> Result<()> {
+    let (node, mut cri, before) = cri::ready().await?;
+    let pod = cri.run_pod(cri::pod_config("shim-probe"), HANDLER).await?;
+    let container = sleeper(&mut cri, &pod, "probed").await.with_context(|| node.containerd_log())?;
+    signal_machine("-STOP")?;
+    let probe = cri.exec_within(&container, &["sleep", "777"], 1).await;
+    signal_machine("-CONT")?;
+    ensure!(probe.is_err(), "{probe:?}");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut absent = 0;
+    // Seen to be gone twice, as it may not have begun the first time.
+    while absent < 2 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let processes = cri.said(&container, "ps -o args").await?;
+        absent = if processes.contains("sleep 777") { 0 } else { absent + 1 };
+        ensure!(Instant::now() < deadline, "{processes}");
+    }
+    cri.remove_pod(&pod).await?;
     before.assert_nothing_added()
 }
 

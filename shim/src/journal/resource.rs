@@ -1,9 +1,7 @@
 //! One thing that was made for a pod, and how it is undone.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +12,7 @@ use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
+use crate::mountinfo;
 use crate::network::{self, NamespaceId, NetworkError};
 
 /// How long a killed process, and a group that loses its last one, may take to go.
@@ -220,37 +219,14 @@ fn unmount(path: &Path) -> Result<(), UndoError> {
 
 /// Unmounts what is mounted below `path`, the innermost first; says whether there was any.
 fn unmount_below(path: &Path) -> bool {
-    let mounts = fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
-    let points = mounts.split(|byte| *byte == b'\n').filter_map(mount_point);
+    let table = mountinfo::read().unwrap_or_default();
+    let points = mountinfo::parse(&table).map(|mount| mount.point);
     let below: Vec<_> = points.filter(|point| point != path && point.starts_with(path)).collect();
     let mut any = false;
     for point in below.iter().rev() {
         any |= rustix::mount::unmount(point, UnmountFlags::NOFOLLOW).is_ok();
     }
     any
-}
-
-/// The mount point of a line of mountinfo: the fifth field, in which blanks and backslashes are octal numbers behind a
-/// backslash (proc_pid_mountinfo(5)).
-fn mount_point(line: &[u8]) -> Option<PathBuf> {
-    let field = line.split(|byte| *byte == b' ').nth(4)?;
-    let mut path = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, after)) = rest.split_first() {
-        let octal =
-            after.get(..3).filter(|_| *first == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                path.push(byte);
-                rest = after.get(3..).unwrap_or_default();
-            }
-            None => {
-                path.push(*first);
-                rest = after;
-            }
-        }
-    }
-    Some(OsString::from_vec(path).into())
 }
 
 /// Kills all processes of a group until it can be removed. The caller must not be in it.
@@ -374,14 +350,6 @@ mod tests {
         used.metadata().unwrap();
         let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         assert!(!mounts.contains(directory.path().to_str().unwrap()));
-    }
-
-    #[test]
-    fn reads_mount_points() {
-        let point = |line: &str| mount_point(line.as_bytes());
-        assert_eq!(point("7 1 0:5 / /a\\040b\\134 rw - tmpfs x rw"), Some("/a b\\".into()));
-        assert_eq!(point("7 1 0:5 / /a\\9 rw"), Some("/a\\9".into()));
-        assert_eq!(point("7 1 0:5"), None);
     }
 
     #[test]

@@ -4,15 +4,14 @@
 //! the guest's own, or else it would come on top of the guest's; and a program that watches its configuration
 //! (inotify(7)) hears of no change that another kernel makes.
 
-use std::ffi::OsString;
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, fstat, open, openat2, statx};
 
 use super::{ShareError, Volume, at};
+use crate::mountinfo::{self, Mount};
 
 /// As in the kernel's magic.h.
 const TMPFS: i64 = 0x0102_1994;
@@ -32,8 +31,6 @@ const WRITTEN: [&str; 4] = [
     "kubernetes.io~projected",
     "kubernetes.io~downward-api",
 ];
-/// All mounts in sight.
-const MOUNTS: &str = "/proc/thread-self/mountinfo";
 /// In such a volume, the link that the kubelet swaps for another when it has written all.
 pub(super) const DATA: &str = "..data";
 
@@ -110,7 +107,7 @@ pub(super) fn part_of_empty_dir(source: &Path, pod: &str) -> Option<Part> {
     if !is_empty_dir(&volume, pod) {
         return None;
     }
-    let table = fs::read(MOUNTS).ok()?;
+    let table = mountinfo::read().ok()?;
     let (device, within) = place(&table, &volume)?;
     let (parts_device, part) = place(&table, source)?;
     let path = part.strip_prefix(within).ok().filter(|_| device == parts_device)?.to_str()?.to_owned();
@@ -153,7 +150,7 @@ pub fn special(volume: &Volume) -> Result<Option<Special>, ShareError> {
 
 /// The pod's memory volume, or a part of one, which is a mount of its own on the host (`subPath`).
 fn memory(source: &Path, found: &fs::Metadata, pod: &str) -> Result<Option<Special>, ShareError> {
-    let table = fs::read(MOUNTS).map_err(at("read", Path::new(MOUNTS)))?;
+    let table = mountinfo::read().map_err(at("read", Path::new(mountinfo::PATH)))?;
     let id = statx(CWD, source, AtFlags::empty(), StatxFlags::MNT_ID)
         .map_err(|errno| at("look at", source)(errno.into()))?
         .stx_mnt_id;
@@ -174,59 +171,23 @@ fn memory(source: &Path, found: &fs::Metadata, pod: &str) -> Result<Option<Speci
     }))
 }
 
-/// A line of proc_pid_mountinfo(5), as far as it matters here.
-struct MountLine {
-    id: u64,
-    device: Vec<u8>,
-    root: PathBuf,
-    point: PathBuf,
-}
-
-impl MountLine {
-    fn parse(line: &[u8]) -> Option<MountLine> {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-        let _parent = fields.next()?;
-        let device = fields.next()?.to_owned();
-        Some(MountLine { id, device, root: unescape(fields.next()?), point: unescape(fields.next()?) })
-    }
-}
-
-/// Undoes the kernel's octal escapes of white space and backslashes.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, tail)) = rest.split_first() {
-        let code = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        let escaped = code.filter(|_| *first == b'\\').and_then(|code| u8::from_str_radix(code, 8).ok());
-        bytes.push(escaped.unwrap_or(*first));
-        rest = tail.get(if escaped.is_some() { 3 } else { 0 }..).unwrap_or_default();
-    }
-    OsString::from_vec(bytes).into()
-}
-
 /// The pod's `emptyDir` volume that a directory belongs to, and its path in there. `mount` is the mount that the directory is
 /// on; the volume is where the whole of the same file system is mounted.
 fn locate(table: &[u8], mount: u64, directory: &Path, pod: &str) -> Option<(PathBuf, PathBuf)> {
     let (device, inside) = within(table, mount, directory)?;
-    let is_volume = |line: &MountLine| {
-        line.device == device && line.root == Path::new("/") && is_empty_dir(&line.point, pod)
-    };
-    let volume = lines(table).find(is_volume)?;
+    let is_volume =
+        |line: &Mount| line.device == device && line.root == Path::new("/") && is_empty_dir(&line.point, pod);
+    let volume = mountinfo::parse(table).find(is_volume)?;
     Some((volume.point, inside.strip_prefix("/").ok()?.to_owned()))
 }
 
 /// The device of the file system that a mount is of, and the path in there of a directory or file on the mount.
 fn within(table: &[u8], mount: u64, path: &Path) -> Option<(Vec<u8>, PathBuf)> {
-    let own = lines(table).find(|line| line.id == mount)?;
+    let own = mountinfo::parse(table).find(|line| line.id == mount)?;
     let below = path.strip_prefix(&own.point).ok()?;
     // The mount of a file alone has nothing below.
     let inside = if below.as_os_str().is_empty() { own.root } else { own.root.join(below) };
     Some((own.device, inside))
-}
-
-fn lines(table: &[u8]) -> impl Iterator<Item = MountLine> {
-    table.split(|byte| *byte == b'\n').filter_map(MountLine::parse)
 }
 
 #[cfg(test)]
@@ -301,12 +262,5 @@ mod tests {
         assert!(!own("kubernetes.io~empty-dir/data", "1"));
         let part = Path::new("/k/pods/1/volume-subpaths/my data/user/0");
         assert_eq!(locate(TABLE.as_bytes(), 31, part, "2"), None);
-    }
-
-    #[test]
-    fn escapes_are_undone_and_what_is_none_is_kept() {
-        for (field, path) in [("a\\040b\\134", "a b\\"), ("a\\04", "a\\04"), ("\\9990", "\\9990"), ("", "")] {
-            assert_eq!(unescape(field.as_bytes()), Path::new(path), "{field}");
-        }
     }
 }
