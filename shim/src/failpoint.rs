@@ -1,9 +1,9 @@
 //! Dying on purpose, for tests of what is left then.
 //!
 //! The variable `CAISSON_FAILPOINT` of the environment, which only tests set, names a file with a number, and perhaps that
-//! of a process. A shim that finds it kills itself, or that process, right after it has written so many lines into its
-//! pod's record: at the worst moment, as the thing is written down and not made, or made and not used. Without the
-//! variable this costs one look at memory.
+//! of a process. A shim that finds it kills itself, or that process, after so many steps of its pod's record: at the worst
+//! moment, as a thing is written down and not made, or made and not used, or undone and not struck off. Without the
+//! variable this costs one look at memory. What removes a dead shim's pod does not look.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,19 +13,27 @@ use rustix::process::{Pid, Signal, getpid, kill_process};
 /// The variable.
 const VARIABLE: &str = "CAISSON_FAILPOINT";
 
-/// Who dies, and after how many lines.
+/// Who dies, and after how many steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Failpoint {
-    lines: usize,
+    steps: usize,
     victim: Option<Pid>,
 }
 
-/// A line was written into the record.
-pub(crate) fn recorded() {
-    static FAILPOINT: OnceLock<Option<Failpoint>> = OnceLock::new();
-    static WRITTEN: AtomicUsize = AtomicUsize::new(0);
-    let Some(failpoint) = *FAILPOINT.get_or_init(Failpoint::of_environment) else { return };
-    if WRITTEN.fetch_add(1, Ordering::Relaxed).saturating_add(1) == failpoint.lines {
+static ARMED: OnceLock<Failpoint> = OnceLock::new();
+
+/// Has this process, which is a shim, look for it.
+pub(crate) fn arm() {
+    if let Some(failpoint) = Failpoint::of_environment() {
+        ARMED.get_or_init(|| failpoint);
+    }
+}
+
+/// A line was written into the record, or what one speaks of was undone.
+pub(crate) fn reached() {
+    static STEPS: AtomicUsize = AtomicUsize::new(0);
+    let Some(failpoint) = ARMED.get() else { return };
+    if STEPS.fetch_add(1, Ordering::Relaxed).saturating_add(1) == failpoint.steps {
         let victim = failpoint.victim.unwrap_or_else(getpid);
         tracing::error!(?failpoint, "killing on purpose");
         // Nothing else ends a process without any of its own code running. It may have ended already.
@@ -41,13 +49,13 @@ impl Failpoint {
 
     fn parse(text: &str) -> Option<Failpoint> {
         let mut words = text.split_whitespace();
-        let lines = words.next()?.parse().ok()?;
+        let steps = words.next()?.parse().ok()?;
         let victim = match words.next() {
             // Only a positive one is one process.
             Some(pid) => Some(Pid::from_raw(pid.parse::<u32>().ok()?.try_into().ok()?)?),
             None => None,
         };
-        Some(Failpoint { lines, victim })
+        Some(Failpoint { steps, victim })
     }
 }
 
@@ -57,7 +65,7 @@ mod tests {
 
     #[test]
     fn only_a_number_and_perhaps_a_process_are_a_failpoint() {
-        let parsed = |text| Failpoint::parse(text).map(|it| (it.lines, it.victim.map(Pid::as_raw_nonzero)));
+        let parsed = |text| Failpoint::parse(text).map(|it| (it.steps, it.victim.map(Pid::as_raw_nonzero)));
         assert_eq!(parsed("7\n"), Some((7, None)));
         let victim = Pid::from_raw(12).map(Pid::as_raw_nonzero);
         assert_eq!(parsed("7 12"), Some((7, victim)));

@@ -120,12 +120,12 @@ impl Containerd {
         fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default()
     }
 
-    /// Has the next shims kill this containerd after so many lines of their pod's record.
+    /// Has the next shims kill this containerd after so many steps of their pod's record.
     ///
     /// # Errors
     /// When the file can't be written.
-    pub fn die_after(&self, lines: usize) -> Result<()> {
-        Ok(fs::write(self.dir.join(FAILPOINT), format!("{lines} {}", self.child.id()))?)
+    pub fn die_after(&self, steps: usize) -> Result<()> {
+        Ok(fs::write(self.dir.join(FAILPOINT), format!("{steps} {}", self.child.id()))?)
     }
 
     /// Whether it has ended.

@@ -46,14 +46,14 @@ impl Node {
         self.dir.join("containerd.sock")
     }
 
-    /// Has our shims that start from now on kill themselves after so many lines of their pod's record; `None`: not any
+    /// Has our shims that start from now on kill themselves after so many steps of their pod's record; `None`: not any
     /// more.
     ///
     /// # Errors
     /// When the file can't be written.
-    pub fn set_failpoint(&self, lines: Option<usize>) -> Result<()> {
+    pub fn set_failpoint(&self, steps: Option<usize>) -> Result<()> {
         let file = self.dir.join(crate::containerd::FAILPOINT);
-        Ok(std::fs::write(file, lines.map(|lines| lines.to_string()).unwrap_or_default())?)
+        Ok(std::fs::write(file, steps.map(|steps| steps.to_string()).unwrap_or_default())?)
     }
 
     /// containerd's log so far, for a failure's message.

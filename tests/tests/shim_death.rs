@@ -1,13 +1,16 @@
 //! Whatever dies, and whenever: nothing of a pod is left, and containerd is told the truth.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    path::Path,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::{BUSYBOX_IMAGE, Containerd},
     cri::{
         self, ContainerConfig, ContainerState, Cri, LinuxContainerSecurityContext,
-        LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
+        LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PortMapping,
     },
     ctr::Ctr,
     leaks::Holdings,
@@ -17,6 +20,9 @@ use caisson_e2e::{
 use nix::sys::signal::Signal;
 
 const RUNTIME: &str = "io.containerd.caisson.v2";
+const HANDLER: &str = "caisson";
+/// How long a pod whose shim died may take to be removed.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Resets the failpoint, however the test ends.
 struct Armed<'a>(&'a Node);
@@ -28,30 +34,86 @@ impl Drop for Armed<'_> {
     }
 }
 
-/// The shim dies after each line of its record in turn, as the thing in it is about to be made, until a container gets
-/// through: each time containerd's clean-up finds all of it by the record alone.
-#[test]
-fn a_shim_that_dies_at_any_step_leaves_nothing() -> Result<()> {
+/// More steps than the record of any pod here has, with their undoing.
+const STEPS: usize = 150;
+
+/// The shim dies after steps of its record in turn, as a thing is about to be made or was just undone, until a container
+/// gets through: each time containerd's clean-up finds all of it by the record alone.
+fn shim_dies_after(steps: impl Iterator<Item = usize>) -> Result<()> {
     let node = Node::ready()?;
     let ctr = Ctr::new(&node);
     let before = Holdings::now()?;
     let armed = Armed(&node);
-    for lines in 1..60 {
-        node.set_failpoint(Some(lines))?;
-        let id = format!("shim-dies-{lines}");
+    for steps in steps {
+        node.set_failpoint(Some(steps))?;
+        let id = format!("shim-dies-{steps}");
         let said =
             ctr.try_run(&["run", "--rm", "--runtime", RUNTIME, BUSYBOX_IMAGE, &id, "echo", "through"])?;
-        let through = said.stdout == "through\n";
         // ctr does not remove what it could not start.
         let _ = ctr.try_run(&["task", "delete", "--force", &id])?;
         let _ = ctr.try_run(&["container", "delete", &id])?;
-        before.assert_nothing_added().with_context(|| format!("after {lines} lines; {said:?}"))?;
-        if through {
-            ensure!(lines > 10, "a pod of {lines} lines only");
+        before.assert_nothing_added().with_context(|| format!("after {steps} steps; {said:?}"))?;
+        if said.code == 0 {
+            ensure!(said.stdout == "through\n" && steps > 20, "{said:?} after {steps} steps");
             drop(armed);
             return Ok(());
         }
-        ensure!(said.code != 0, "{said:?}");
+    }
+    anyhow::bail!("it never gets through\n{}", node.containerd_log())
+}
+
+#[test]
+fn a_shim_that_dies_at_any_stage_leaves_nothing() -> Result<()> {
+    shim_dies_after((1..STEPS).step_by(2))
+}
+
+/// A pod with a network, a volume and two containers, one of which goes before the pod does.
+async fn live(cri: &mut Cri, volume: &Path) -> Result<()> {
+    let mut config = cri::pod_config("pod-dies");
+    config.port_mappings =
+        vec![PortMapping { container_port: 80, host_port: 18080, ..PortMapping::default() }];
+    let pod = cri.run_pod(config, HANDLER).await?;
+    for name in ["one", "two"] {
+        let mut config = cri::container_config(name, BUSYBOX_IMAGE, &["sleep", "1000"]);
+        let host_path = volume.to_string_lossy().into_owned();
+        config.mounts = vec![Mount { container_path: "/data".into(), host_path, ..Mount::default() }];
+        let container = cri.run_container(&pod, config).await?;
+        cri.said(&container, "echo x > /data/file").await?;
+        if name == "two" {
+            cri.stop_container(&container, 0).await?;
+            cri.remove_container(&container).await?;
+        }
+    }
+    cri.remove_pod(&pod).await
+}
+
+/// As [`shim_dies_after`], for all that a kubelet has made. Its pods are removed as it does that: until it succeeds.
+#[tokio::test]
+#[ignore = "takes minutes"]
+async fn a_shim_that_dies_at_any_step_of_a_pods_life_leaves_nothing() -> Result<()> {
+    let (node, mut cri, before) = cri::ready().await?;
+    let volume = tempfile::tempdir_in("/var/tmp")?;
+    let armed = Armed(&node);
+    for steps in 1..STEPS {
+        node.set_failpoint(Some(steps))?;
+        let lived = live(&mut cri, volume.path()).await;
+        let deadline = Instant::now() + PATIENCE;
+        for pod in cri.pods().await? {
+            while let Err(error) = cri.remove_pod(&pod).await {
+                ensure!(
+                    Instant::now() < deadline,
+                    "after {steps} steps: {error:#}\n{}",
+                    node.containerd_log()
+                );
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        }
+        before.assert_nothing_added().with_context(|| format!("after {steps} steps; {lived:?}"))?;
+        if lived.is_ok() {
+            ensure!(steps > 40, "a pod of {steps} steps only");
+            drop(armed);
+            return Ok(());
+        }
     }
     anyhow::bail!("it never gets through\n{}", node.containerd_log())
 }
@@ -84,8 +146,6 @@ fn an_agent_that_dies_of_any_call_is_seen_and_leaves_nothing() -> Result<()> {
     }
     anyhow::bail!("it never gets through\n{}", node.containerd_log())
 }
-
-const HANDLER: &str = "caisson";
 
 /// CRI's pods are in this namespace of containerd's.
 const NAMESPACE: &str = "k8s.io";
@@ -199,9 +259,9 @@ async fn a_containerd_that_dies_finds_everything_again() -> Result<()> {
     before.assert_nothing_added()
 }
 
-/// containerd is killed after some lines of the record of a container that it is making, and started again: it finds the
-/// container or does not, can always remove it, and nothing is left.
-fn containerd_dies_after(lines: impl Iterator<Item = usize>) -> Result<()> {
+/// containerd is killed after some steps of the record of a container that it makes and removes, and started again: it
+/// finds the container or does not, can always remove it, and nothing is left.
+fn containerd_dies_after(steps: impl Iterator<Item = usize>) -> Result<()> {
     Node::ready()?;
     let nothing = Holdings::now()?;
     let directory = tempfile::tempdir()?;
@@ -210,9 +270,9 @@ fn containerd_dies_after(lines: impl Iterator<Item = usize>) -> Result<()> {
     containerd.import(&Product::Images.path()?.join("busybox.tar"))?;
     let ctr = Ctr::at(containerd.socket(), "default");
     let before = Holdings::now()?;
-    for (died, lines) in lines.enumerate() {
-        containerd.die_after(lines)?;
-        let id = format!("containerd-dies-{lines}");
+    for (died, steps) in steps.enumerate() {
+        containerd.die_after(steps)?;
+        let id = format!("containerd-dies-{steps}");
         let said = ctr.try_run(&["run", "--runtime", RUNTIME, BUSYBOX_IMAGE, &id, "echo", "through"])?;
         if !containerd.has_died()? {
             ensure!(died > 2 && said.stdout == "through\n", "after {died} deaths: {said:?}");
@@ -223,20 +283,20 @@ fn containerd_dies_after(lines: impl Iterator<Item = usize>) -> Result<()> {
         containerd.restart(products.parent())?;
         let _ = ctr.try_run(&["task", "delete", "--force", &id])?;
         ctr.run(&["container", "delete", &id]).with_context(|| containerd.log())?;
-        before.assert_nothing_added().with_context(|| format!("{lines} lines; {}", containerd.log()))?;
+        before.assert_nothing_added().with_context(|| format!("{steps} steps; {}", containerd.log()))?;
     }
     anyhow::bail!("it never gets through")
 }
 
 #[test]
 fn a_containerd_that_dies_while_it_makes_a_container_can_remove_it() -> Result<()> {
-    containerd_dies_after((4..60).step_by(3))
+    containerd_dies_after((4..STEPS).step_by(6))
 }
 
 #[test]
 #[ignore = "takes minutes"]
 fn a_containerd_that_dies_at_any_step_can_remove_what_it_made() -> Result<()> {
-    containerd_dies_after(1..60)
+    containerd_dies_after(1..STEPS)
 }
 
 /// A container whose processes its pod's others see, and theirs it.

@@ -125,7 +125,7 @@ impl Journal {
             return Err(self.io("write", source));
         }
         self.resources.push(resource);
-        crate::failpoint::recorded();
+        crate::failpoint::reached();
         Ok(())
     }
 
@@ -156,9 +156,12 @@ impl Journal {
                     matches!(resource, Resource::Process(_)) == processes && which(resource)
                 };
                 let Some(resource) = slot.take_if(chosen) else { continue };
-                if let Err(error) = resource.undo() {
-                    left.push((resource.clone(), error));
-                    *slot = Some(resource);
+                match resource.undo() {
+                    Ok(()) => crate::failpoint::reached(),
+                    Err(error) => {
+                        left.push((resource.clone(), error));
+                        *slot = Some(resource);
+                    }
                 }
             }
         }
