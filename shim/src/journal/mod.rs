@@ -108,7 +108,8 @@ impl Journal {
     }
 
     /// All that is written down, the oldest first.
-    pub fn resources(&self) -> &[Resource] {
+    #[cfg(test)]
+    pub(crate) fn resources(&self) -> &[Resource] {
         &self.resources
     }
 

@@ -47,14 +47,6 @@ struct Member {
 }
 
 impl Limits {
-    /// Those of a pod, from the annotations of its sandbox.
-    ///
-    /// # Errors
-    /// For annotations that are no numbers of their range.
-    pub fn of_sandbox(annotations: &HashMap<String, String>) -> Result<Limits, SizingError> {
-        Ok(Change::of_annotations(annotations)?.apply(Limits::default()))
-    }
-
     fn map(self, other: Limits, merge: impl Fn(u64, u64) -> u64) -> Limits {
         Limits { memory: merge(self.memory, other.memory), cpu: merge(self.cpu, other.cpu) }
     }
@@ -286,10 +278,14 @@ mod tests {
             Limits { cpu: 500_000, ..memory(7) }
         );
         let unsaid = [(CPU_QUOTA.to_owned(), "0".to_owned()), (CPU_PERIOD.to_owned(), "0".to_owned())].into();
-        assert_eq!(Limits::of_sandbox(&unsaid).unwrap(), Limits::default(), "memory alone is limited");
+        let limits = Change::of_annotations(&unsaid).unwrap().apply(Limits::default());
+        assert_eq!(limits, Limits::default(), "memory alone is limited");
         for (name, value) in [(MEMORY, "-1"), (MEMORY, "1Gi"), (CPU_QUOTA, "x"), (CPU_PERIOD, "")] {
             let annotations = [(name.to_owned(), value.to_owned())].into();
-            assert!(matches!(Limits::of_sandbox(&annotations), Err(SizingError::Number { .. })), "{name}");
+            assert!(
+                matches!(Change::of_annotations(&annotations), Err(SizingError::Number { .. })),
+                "{name}"
+            );
         }
     }
 

@@ -183,7 +183,7 @@ mod tests {
 
     fn size(pairs: &[(&str, &str)]) -> Result<Size, SizingError> {
         let annotations = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        POLICY.size(&Demand::new(Limits::of_sandbox(&annotations.collect())?))
+        POLICY.size(&Demand::new(Change::of_annotations(&annotations.collect())?.apply(Limits::default())))
     }
 
     #[test]
