@@ -216,9 +216,13 @@ impl Container {
     /// Adds a process, to be started later.
     ///
     /// # Errors
-    /// When the id is taken, or this is a container that never runs.
+    /// When the id is taken, or this is a container that never runs, or does not now.
     pub fn add_exec(&self, new: NewExec) -> Result<(), PodError> {
         self.runs_something()?;
+        if self.is_paused() || self.init.exit().is_some() {
+            let state = if self.is_paused() { "paused" } else { "stopped" };
+            return Err(PodError::State(format!("{}: cannot exec in a {state} state", self.id)));
+        }
         let mut process: Value = serde_json::from_slice(&new.process)
             .map_err(|error| PodError::Invalid(format!("the process: {error}")))?;
         if let Some(process) = process.as_object_mut() {
