@@ -27,6 +27,17 @@ pub fn vmm(namespace: &str, pod: &str) -> Result<Pid> {
     checked(pid, "caisson-vmm").with_context(|| journal)
 }
 
+/// The process that a pod's machine runs in: the VMM's child, which is in the jail that the VMM has made.
+///
+/// # Errors
+/// When the pod has none that lives.
+pub fn machine(namespace: &str, pod: &str) -> Result<Pid> {
+    let vmm = vmm(namespace, pod)?;
+    let path = format!("/proc/{vmm}/task/{vmm}/children");
+    let children = fs::read_to_string(&path).with_context(|| path)?;
+    checked(children.trim().parse().ok(), "caisson-vmm").with_context(|| children)
+}
+
 /// The shim of a pod of containerd's `namespace`.
 ///
 /// # Errors

@@ -11,7 +11,9 @@ use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
     cri::{self, ContainerConfig, Cri, LinuxContainerResources, Mount, Pod},
+    record,
 };
+use nix::sys::signal::Signal;
 
 const HANDLER: &str = "caisson";
 
@@ -75,23 +77,17 @@ async fn a_pod_runs_containers_on_a_kernel_of_its_own() -> Result<()> {
     before.assert_nothing_added()
 }
 
-/// Has the pod's machine stand still, or go on.
-fn signal_machine(signal: &str) -> Result<()> {
-    let sent = Command::new("pkill").args([signal, "--exact", "caisson-vmm"]).status()?;
-    ensure!(sent.success(), "pkill: {sent}");
-    Ok(())
-}
-
 /// Who asks for it has no patience with a guest that does not begin it.
 #[tokio::test]
 async fn a_probe_that_is_given_up_while_it_begins_leaves_no_process() -> Result<()> {
     let (node, mut cri, before) = cri::ready().await?;
     let pod = cri.run_pod(cri::pod_config("shim-probe"), HANDLER).await?;
     let container = sleeper(&mut cri, &pod, "probed").await.with_context(|| node.containerd_log())?;
-    signal_machine("-STOP")?;
+    let machine = record::machine("k8s.io", &pod.id)?;
+    record::send(machine, Signal::SIGSTOP)?;
     let probe = cri.exec(&container, &["sleep", "777"]);
     let probe = tokio::time::timeout(Duration::from_secs(2), probe).await;
-    signal_machine("-CONT")?;
+    record::send(machine, Signal::SIGCONT)?;
     ensure!(probe.is_err(), "{probe:?}");
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut absent = 0;

@@ -80,7 +80,7 @@ fn a_machine_that_stands_still_can_be_killed() -> Result<()> {
     let before = Holdings::now()?;
     let container = Background::start(&ctr, "shim-still", &[], &["sleep", "1000"])
         .with_context(|| node.containerd_log())?;
-    record::send(record::vmm("default", "shim-still")?, Signal::SIGSTOP)?;
+    record::send(record::machine("default", "shim-still")?, Signal::SIGSTOP)?;
     ctr.run(&["task", "kill", "--signal", "KILL", "shim-still"])?;
     container.wait_for("STOPPED")?;
     container.remove()?;
