@@ -168,6 +168,8 @@ pub struct SandboxSpec {
     pub files: Vec<(&'static str, Vec<u8>)>,
 }
 
+/// Where containers have shared memory.
+const DEV_SHM: &str = "/dev/shm";
 /// The file with the pod's host name.
 pub const HOSTNAME: &str = "hostname";
 /// The file with the names of hosts that the pod knows.
@@ -316,6 +318,7 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
     let list = list.as_array_mut().ok_or_else(|| malformed("the list"))?;
     if let Some(files) = place.files {
         add_files(list, files, read_only);
+        share_memory(list, place.shm);
     }
     for (index, mount) in list.iter_mut().enumerate() {
         let mount = mount.as_object_mut().ok_or_else(|| malformed("an entry"))?;
@@ -326,7 +329,7 @@ fn mounts(object: &mut Map<String, Value>, place: &Place<'_>) -> Result<Vec<Bind
         if kind != "bind" && !options.iter().any(|option| option == "bind" || option == "rbind") {
             continue;
         }
-        if Path::new(&destination) == Path::new("/dev/shm") && is_sandboxes(&source) {
+        if destination == DEV_SHM && (is_sandboxes(&source) || source == place.shm) {
             mount.insert("source".into(), json!(place.shm));
         } else {
             let source = pods_file(&destination, source.into(), place.files);
@@ -358,6 +361,17 @@ fn add_files(mounts: &mut Vec<Value>, files: &Path, read_only: bool) {
             mounts.push(json!({"destination": destination, "type": "bind", "source": files.join(name),
                                "options": ["rbind", "rprivate", access]}));
         }
+    }
+}
+
+/// Has the pod's shared memory in a container's, unless something else is mounted in its place. With the sandbox API CRI
+/// has no memory of the pod's to be mounted, and each container would have its own.
+fn share_memory(mounts: &mut Vec<Value>, shm: &str) {
+    let pods = json!({"destination": DEV_SHM, "type": "bind", "source": shm, "options": ["rbind", "rprivate", "rw"]});
+    match mounts.iter_mut().find(|mount| mount.get("destination") == Some(&json!(DEV_SHM))) {
+        None => mounts.push(pods),
+        Some(mount) if mount.get("type") == Some(&json!("tmpfs")) => *mount = pods,
+        Some(_) => {}
     }
 }
 
@@ -479,7 +493,35 @@ mod tests {
         let made = with(json!([{"destination": "/etc/hosts", "type": "tmpfs", "source": "tmpfs"}]));
         let sources: Vec<_> = made.binds.iter().map(|bind| bind.volume.source.as_path()).collect();
         assert_eq!(sources, ["/run/pod/hostname", "/run/pod/resolv.conf"].map(Path::new));
-        assert_eq!(made.spec["mounts"].as_array().unwrap().len(), 3);
+        assert_eq!(made.spec["mounts"].as_array().unwrap().len(), 4);
+    }
+
+    #[test]
+    fn shared_memory_is_the_pods_unless_something_else_is_mounted() {
+        let names = names();
+        let place = Place {
+            member: true,
+            root: "/g/root",
+            shm: "/g/shm",
+            files: Some(Path::new("/p")),
+            names: &names,
+        };
+        let with = |mount: Value| {
+            let spec = json!({"root": {}, "linux": {"namespaces": all_namespaces()}, "mounts": [mount]});
+            let made = container(spec, &place).unwrap();
+            let mounts = made.spec["mounts"].as_array().unwrap();
+            let shm: Vec<_> =
+                mounts.iter().filter(|mount| mount["destination"] == DEV_SHM).cloned().collect();
+            assert_eq!(shm.len(), 1);
+            (shm[0]["type"].as_str().unwrap().to_owned(), shm[0]["source"].as_str().unwrap().to_owned())
+        };
+        let pods = ("bind".to_owned(), "/g/shm".to_owned());
+        assert_eq!(with(json!({"destination": "/proc", "type": "proc", "source": "proc"})), pods);
+        assert_eq!(with(json!({"destination": DEV_SHM, "type": "tmpfs", "source": "shm"})), pods);
+        // A volume, whose place in the guest is known later.
+        let volume =
+            json!({"destination": DEV_SHM, "type": "bind", "source": "/h/shm", "options": ["rbind"]});
+        assert_eq!(with(volume), ("bind".to_owned(), String::new()));
     }
 
     #[test]
