@@ -6,6 +6,12 @@ use std::path::{Path, PathBuf};
 
 use super::CgroupError;
 
+/// Whether the node is one of version 2 to containerd, which asks no more than what is mounted here.
+pub fn is_unified() -> bool {
+    const CGROUP2_SUPER_MAGIC: rustix::fs::FsWord = 0x6367_7270;
+    rustix::fs::statfs("/sys/fs/cgroup").is_ok_and(|mounted| mounted.f_type == CGROUP2_SUPER_MAGIC)
+}
+
 /// What a hierarchy is there for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -14,6 +20,10 @@ pub(super) enum Kind {
     /// Version 1, with these controllers (or a name, as `name=systemd`).
     Controllers(Vec<String>),
 }
+
+/// Options of version 1's mounts that are no controllers.
+const OPTIONS: [&str; 7] =
+    ["rw", "ro", "xattr", "noprefix", "clone_children", "cpuset_v2_mode", "favordynmods"];
 
 /// One mounted hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,9 +67,7 @@ impl Layout {
             let kind = match (file_system.next(), file_system.nth(1)) {
                 (Some("cgroup2"), _) => Kind::Unified,
                 (Some("cgroup"), Some(options)) => {
-                    let names = options.split(',').filter(|option| {
-                        !matches!(*option, "rw" | "ro" | "xattr" | "noprefix" | "clone_children")
-                    });
+                    let names = options.split(',').filter(|option| !OPTIONS.contains(option));
                     Kind::Controllers(names.filter(|name| !name.contains('/')).map(str::to_owned).collect())
                 }
                 _ => continue,
@@ -107,11 +115,11 @@ mod tests {
     const V1: &str = "\
         31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
         32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
-        33 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+        33 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,favordynmods,memory\n\
         34 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,release_agent=/x/y,name=systemd\n\
         35 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
         36 31 0:32 /docker/1 /other/memory rw - cgroup cgroup rw,memory\n\
-        37 31 0:32 / /again/memory rw - cgroup cgroup rw,memory\n";
+        37 31 0:32 / /again/memory rw - cgroup cgroup rw,favordynmods,memory\n";
 
     #[test]
     fn version_2_alone() {

@@ -29,7 +29,7 @@ use caisson_protocol::v1;
 use crate::journal::{Journal, JournalError, Resource};
 use layout::{Hierarchy, Kind};
 
-pub use layout::Layout;
+pub use layout::{Layout, is_unified};
 
 /// The file that names a group's members, and takes new ones with all their threads.
 const MEMBERS: &str = "cgroup.procs";

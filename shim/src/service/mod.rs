@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`task`] | the task API, of which version 3 is version 2 by another name |
 //! | [`sandbox`] | the sandbox API, for pods without a container that stands for them |
-//! | `stats` | what a container uses, in containerd's message |
+//! | `stats` | what a container uses, in containerd's message of either version |
 
 pub mod sandbox;
 mod stats;

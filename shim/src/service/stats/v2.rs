@@ -1,4 +1,4 @@
-//! What a container uses, as containerd's message for control groups of version 2, which the guest's are.
+//! containerd's message for control groups of version 2.
 
 use std::collections::HashMap;
 
@@ -6,25 +6,13 @@ use caisson_protocol::v1;
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
 };
-use containerd_shim_protos::protobuf::{Message, MessageField, well_known_types::any::Any};
-
-use crate::pod::PodError;
+use containerd_shim_protos::protobuf::MessageField;
 
 /// The name of the message's type.
-const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+pub(super) const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// The message, as containerd wants it packed.
-///
-/// # Errors
-/// Never for numbers, of which it is made.
-pub(super) fn any(stats: v1::StatsResponse) -> Result<Any, PodError> {
-    let value = metrics(stats)
-        .write_to_bytes()
-        .map_err(|error| PodError::Invalid(format!("encode statistics: {error}")))?;
-    Ok(Any { type_url: TYPE.into(), value, ..Default::default() })
-}
-
-fn metrics(stats: v1::StatsResponse) -> Metrics {
+/// The message.
+pub(super) fn metrics(stats: v1::StatsResponse) -> Metrics {
     Metrics {
         cpu: stats.cpu.map(cpu).into(),
         memory: stats.memory.map(memory).into(),
