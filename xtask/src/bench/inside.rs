@@ -29,9 +29,9 @@ pub(super) const RESULTS: &str = "results.json";
 /// Bytes of the disk, all of which are read and half of which are written.
 const DISK: u64 = 32 << 20;
 /// Bytes that go through the network in each direction.
-const STREAM: usize = 16 << 20;
+const STREAM: usize = 8 << 20;
 /// Small requests for a latency.
-const REQUESTS: u32 = 200;
+const REQUESTS: u32 = 100;
 /// Our address at the guest's cable.
 const HOST_ADDRESS: &str = "10.91.0.1";
 
@@ -41,9 +41,12 @@ pub(crate) struct InsideArgs {
     /// Has `caisson-vmm` and `vmlinux`, and takes the results.
     #[arg(long)]
     directory: PathBuf,
-    /// Measure everything so many times.
+    /// Measure everything but throughput so many times.
     #[arg(long)]
     runs: usize,
+    /// Measure throughput so many times.
+    #[arg(long)]
+    throughput_runs: usize,
     /// Measure only these.
     #[arg(long, value_enum)]
     only: Vec<Part>,
@@ -80,8 +83,13 @@ pub(crate) fn run(args: &InsideArgs) -> Result<ExitCode> {
     }
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let instructions = command_line.contains("caisson.icount");
-    let mut figures = Figures { runs: args.runs, instructions, ..Figures::default() };
-    let bench = Bench { directory: local.path(), runs: args.runs };
+    let mut figures = Figures {
+        runs: args.runs,
+        throughput_runs: args.throughput_runs,
+        instructions,
+        ..Figures::default()
+    };
+    let bench = Bench { directory: local.path(), runs: args.runs, throughput_runs: args.throughput_runs };
     let wanted = |part| args.only.is_empty() || args.only.contains(&part);
     if wanted(Part::Starts) {
         bench.starts(&mut figures)?;
@@ -104,6 +112,7 @@ pub(crate) fn run(args: &InsideArgs) -> Result<ExitCode> {
 pub(super) struct Bench<'a> {
     pub(super) directory: &'a Path,
     pub(super) runs: usize,
+    throughput_runs: usize,
 }
 
 impl Bench<'_> {
@@ -189,7 +198,7 @@ impl Bench<'_> {
             let mut samples: Vec<(&str, Vec<f64>)> =
                 steps.clone().map(|(name, ..)| (*name, Vec::new())).collect();
             eprintln!("==> throughput of {}", vmm.name());
-            for _ in 0..self.runs {
+            for _ in 0..self.throughput_runs {
                 fill(&disk)?;
                 let tap = tap::open("bench0")?;
                 set_up_network("bench0")?;
@@ -268,27 +277,27 @@ mount -t proc proc /proc
 ip link set lo up; ip addr add 10.91.0.2/24 dev eth0; ip link set eth0 up
 ping -c 1 -W 5 10.91.0.1 >/dev/null || echo no-network
 step() { echo $1+; shift; \"$@\" >/dev/null 2>&1 || echo failed: $*; }
-send() { dd if=/dev/zero bs=64k count=256 2>/dev/null | nc 10.91.0.1 7002; }
+send() { dd if=/dev/zero bs=64k count=128 2>/dev/null | nc 10.91.0.1 7002; }
 step block-read dd if=/dev/vda of=/dev/null bs=1M count=32 iflag=direct; echo block-read-
 step block-write dd if=/dev/zero of=/dev/vda bs=1M count=16 oflag=direct conv=fsync; echo block-write-
-step block-latency dd if=/dev/vda of=/dev/null bs=4k count=200 iflag=direct; echo block-latency-
+step block-latency dd if=/dev/vda of=/dev/null bs=4k count=100 iflag=direct; echo block-latency-
 step net-receive nc 10.91.0.1 7001; echo net-receive-
 step net-send send; echo net-send-
-step net-latency ping -A -q -c 200 10.91.0.1; echo net-latency-
+step net-latency ping -A -q -c 100 10.91.0.1; echo net-latency-
 mkdir /share; mount -t virtiofs share /share 2>/dev/null || mount -t ext4 /dev/vdb /share || echo failed: share
-create() { for i in $(seq 200); do : > /share/file$i || return; done; }
+create() { for i in $(seq 100); do : > /share/file$i || return; done; }
 step fs-read dd if=/share/data of=/dev/null bs=1M count=32 iflag=direct; echo fs-read-
 step fs-write dd if=/dev/zero of=/share/new bs=1M count=16 oflag=direct conv=fsync; echo fs-write-
-step fs-read-latency dd if=/share/data of=/dev/null bs=4k count=200 iflag=direct; echo fs-read-latency-
-step fs-write-latency dd if=/dev/zero of=/share/new bs=4k count=200 oflag=direct conv=notrunc; echo fs-write-latency-
+step fs-read-latency dd if=/share/data of=/dev/null bs=4k count=100 iflag=direct; echo fs-read-latency-
+step fs-write-latency dd if=/dev/zero of=/share/new bs=4k count=100 oflag=direct conv=notrunc; echo fs-write-latency-
 step fs-create create; echo fs-create-
 ";
 
 /// Follows when there is a vsock device.
 const SCRIPT_VSOCK: &str = "\
 step vsock-receive xtask bench client receive; echo vsock-receive-
-step vsock-send xtask bench client send 16777216; echo vsock-send-
-step vsock-latency xtask bench client echo 200; echo vsock-latency-
+step vsock-send xtask bench client send 8388608; echo vsock-send-
+step vsock-latency xtask bench client echo 100; echo vsock-latency-
 ";
 
 /// Init never ends.

@@ -64,9 +64,12 @@ pub(crate) struct BenchArgs {
     /// Also write the figures here, as one JSON object.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Measure everything so many times and take the median.
+    /// Measure everything but throughput so many times and take the median.
     #[arg(long, default_value_t = 5)]
     runs: usize,
+    /// Measure throughput so many times: that takes long, and repeats as well, where instructions are counted.
+    #[arg(long, default_value_t = 2)]
+    throughput_runs: usize,
     /// Measure only these; may be given several times.
     #[arg(long, value_enum, value_name = "PART")]
     only: Vec<inside::Part>,
@@ -83,7 +86,7 @@ pub(crate) struct BenchArgs {
 /// # Errors
 /// When something can't be built or a measurement fails.
 pub(crate) fn vmm(host: &Host, args: &BenchArgs) -> Result<ExitCode> {
-    ensure!(args.runs > 0, "--runs must be at least 1");
+    ensure!(args.runs > 0 && args.throughput_runs > 0, "--runs and --throughput-runs must be at least 1");
     let mut build = host::cargo();
     build.args(["build", "--release", "--quiet", "--package", "caisson-vmm"]).current_dir(&host.workspace);
     proc::run(&mut build)?;
@@ -106,6 +109,7 @@ pub(crate) fn vmm(host: &Host, args: &BenchArgs) -> Result<ExitCode> {
     let mut command =
         vec![directory.join("xtask").display().to_string(), "bench".to_owned(), "inside".to_owned()];
     command.extend([format!("--directory={}", directory.display()), format!("--runs={}", args.runs)]);
+    command.push(format!("--throughput-runs={}", args.throughput_runs));
     command.extend(args.only.iter().map(|part| format!("--only={part}")));
     let machine = MachineArgs {
         variant: Variant::Trixie,

@@ -17,6 +17,8 @@ pub(super) type ByName = BTreeMap<String, BTreeMap<String, f64>>;
 pub(super) struct Figures {
     /// How many runs each median is of.
     pub(super) runs: usize,
+    /// The same of throughput.
+    pub(super) throughput_runs: usize,
     /// Virtual time: a millisecond is a million instructions.
     pub(super) instructions: bool,
     /// The medians.
@@ -29,7 +31,11 @@ impl Figures {
     /// Keeps the median of `values`.
     pub(super) fn add(&mut self, name: &str, who: &str, mut values: Vec<f64>) {
         values.sort_by(f64::total_cmp);
-        if let Some(&median) = values.get(values.len() / 2) {
+        // The one in the middle, or the two.
+        let upper = values.len() / 2;
+        let lower = values.len().saturating_sub(1) / 2;
+        if let (Some(lower), Some(upper)) = (values.get(lower), values.get(upper)) {
+            let median = f64::midpoint(*lower, *upper);
             self.medians.entry(name.to_owned()).or_default().insert(who.to_owned(), median);
         }
     }
@@ -43,7 +49,8 @@ impl Figures {
     pub(super) fn table(&self) -> String {
         let unit =
             if self.instructions { "a virtual ms is 1 M instructions" } else { "time, not instructions" };
-        let mut table = format!("medians of {} ({unit})\n", self.runs);
+        let (runs, fewer) = (self.runs, self.throughput_runs);
+        let mut table = format!("medians of {runs}, of throughput {fewer} ({unit})\n");
         let _ = writeln!(table, "{:32} {:>12} {:>12} {:>9}", "", "caisson", "microvm", "ratio");
         for (name, by_name) in &self.medians {
             let cell =
@@ -60,6 +67,7 @@ impl Figures {
     pub(super) fn json(&self) -> String {
         let mut object = Map::new();
         object.insert("runs".to_owned(), self.runs.into());
+        object.insert("throughput_runs".to_owned(), self.throughput_runs.into());
         object.insert("instructions".to_owned(), self.instructions.into());
         for (name, by_name) in &self.medians {
             for (who, value) in by_name {
@@ -81,6 +89,8 @@ mod tests {
         figures.add("spawn_to_init_minstr", CAISSON, vec![70.0, 60.0, 65.0]);
         figures.add("spawn_to_init_minstr", QEMU, vec![130.0, 900.0, 1.0]);
         figures.add("nothing", CAISSON, vec![]);
+        figures.add("even", CAISSON, vec![4.0, 1.0, 9.0, 2.0]);
+        assert_eq!(figures.get("even", CAISSON), Some(3.0));
         assert_eq!(figures.get("spawn_to_init_minstr", CAISSON), Some(65.0));
         let json: Value = serde_json::from_str(&figures.json()).unwrap();
         assert_eq!(json["spawn_to_init_minstr"], 65.0);
