@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{cri::Cri, ctr::Ctr, leaks};
+use crate::{cgroups, cri::Cri, ctr::Ctr, leaks};
 
 /// The sandbox image of every pod. Our runtime answers for it and never runs it; runc does.
 pub const PAUSE_IMAGE: &str = "caisson.test/pause:1";
@@ -93,8 +93,8 @@ impl Containerd {
         for part in ["root", "state", "cni", "ipam"] {
             fs::create_dir_all(dir.join(part)).context("making containerd's directories")?;
         }
-        for cgroup in CGROUPS.map(cgroup_path) {
-            fs::create_dir_all(&cgroup).with_context(|| format!("making the cgroup {}", cgroup.display()))?;
+        for cgroup in CGROUPS {
+            cgroups::Group::make(cgroup)?;
         }
         fs::write(dir.join("cni/10-caisson-e2e.conflist"), CNI_CONFIG)?;
         write_config(dir, version()?)?;
@@ -178,7 +178,10 @@ impl Containerd {
         self.end()?;
         // Absent unless a pod ran.
         Command::new("ip").args(["link", "delete", BRIDGE]).stderr(Stdio::null()).status()?;
-        CGROUPS.into_iter().try_for_each(|cgroup| leaks::remove_cgroup(&cgroup_path(cgroup)))
+        for cgroup in CGROUPS {
+            cgroups::directories(cgroup)?.iter().try_for_each(|directory| leaks::remove_cgroup(directory))?;
+        }
+        Ok(())
     }
 
     /// Ends containerd in order, one of several that share the pods' bridge and cgroup.
@@ -257,11 +260,6 @@ fn spawn(dir: &Path, path: Option<&Path>) -> Result<Child> {
     // With a number in it, the next shims die on purpose.
     command.env("CAISSON_FAILPOINT", dir.join(FAILPOINT));
     command.spawn().context("starting containerd")
-}
-
-/// Where a cgroup's directory is.
-fn cgroup_path(cgroup: &str) -> PathBuf {
-    Path::new("/sys/fs/cgroup").join(cgroup.trim_start_matches('/'))
 }
 
 /// Describes the products to our runtime, and returns the directory of its configuration. Machines are small: there are

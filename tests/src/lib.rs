@@ -20,12 +20,14 @@
 //! | [`vmm`] | Linux guests in our own VMM |
 //! | [`pod_vm`] | the agent as PID 1 of a guest in our own VMM |
 //! | [`vsock`] | a guest of our own VMM that serves vsock ports |
+//! | [`cgroups`] | this machine's control groups, of either version |
 //! | [`leaks`] | what a machine holds (processes, mounts, cgroups, links…) and what came on top since |
 //!
 //! A test is an ordinary `#[test]` that says "run this on a machine with KVM and containerd". It fails, and does
 //! not skip, when something that it needs is missing: the runner (`cargo xtask test`) provides all of it.
 
 pub mod agent;
+pub mod cgroups;
 pub mod containerd;
 pub mod containers;
 pub mod cost;

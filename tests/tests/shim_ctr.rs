@@ -1,7 +1,9 @@
 //! Our runtime through `ctr`: a plain container is a pod of one, in a machine of its own.
 
 use anyhow::{Context, Result, ensure};
-use caisson_e2e::{containerd::BUSYBOX_IMAGE, ctr::Ctr, events::Events, leaks::Holdings, node::Node, record};
+use caisson_e2e::{
+    cgroups, containerd::BUSYBOX_IMAGE, ctr::Ctr, events::Events, leaks::Holdings, node::Node, record,
+};
 use nix::sys::signal::Signal;
 
 const RUNTIME: &str = "io.containerd.caisson.v2";
@@ -108,7 +110,7 @@ fn a_running_container_is_asked_paused_measured_and_killed() -> Result<()> {
     ctr.run(&["task", "resume", "shim-asked"])?;
     container.wait_for("RUNNING")?;
     let metrics = ctr.run(&["task", "metrics", "--format", "json", "shim-asked"])?;
-    ensure!(metrics.contains("usage_usec"), "{metrics}");
+    ensure!(metrics.contains(if cgroups::is_unified() { "usage_usec" } else { "total_rss" }), "{metrics}");
     let checkpoint = ctr.try_run(&["task", "checkpoint", "shim-asked"])?;
     ensure!(checkpoint.code != 0 && checkpoint.stderr.contains("checkpointed"), "{checkpoint:?}");
     ctr.run(&["task", "kill", "--signal", "TERM", "shim-asked"])?;

@@ -1,9 +1,8 @@
 //! A pod is as large as its limits, also after they change, and never larger than its control group lets it be.
 
-use std::{fs, path::Path};
-
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
+    cgroups::Group,
     containerd::{BUSYBOX_IMAGE, POD_CGROUP},
     cri::{self, Cri, LinuxContainerResources, UpdateContainerResourcesRequest},
 };
@@ -124,13 +123,10 @@ async fn a_pod_grows_and_shrinks_in_place() -> Result<()> {
 #[tokio::test]
 async fn a_pod_that_uses_all_it_was_promised_is_not_killed() -> Result<()> {
     let (node, mut cri, before) = cri::ready().await?;
-    let parent = format!("{POD_CGROUP}/shim-promised");
-    let group = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
-    fs::create_dir(&group)?;
+    let group = Group::make(&format!("{POD_CGROUP}/shim-promised"))?;
     let promised = 96;
-    fs::write(group.join("memory.max"), ((promised + overhead()?) * MIB).to_string())
-        .context("limiting the pod's control group")?;
-    let (pod, container) = pod_of(&mut cri, "shim-promised", &parent, resources(promised, 1))
+    group.limit_memory((promised + overhead()?) * MIB)?;
+    let (pod, container) = pod_of(&mut cri, "shim-promised", group.name(), resources(promised, 1))
         .await
         .with_context(|| node.containerd_log())?;
 
@@ -141,12 +137,10 @@ async fn a_pod_that_uses_all_it_was_promised_is_not_killed() -> Result<()> {
     let beyond = cri.exec(&container, &["sh", "-c", &fill(promised + 32)]).await?;
     ensure!(beyond.exit_code == 137, "{beyond:?}");
     ensure!(cri.said(&container, "echo well").await? == "well\n");
-    let events = fs::read_to_string(group.join("memory.events"))?;
-    ensure!(events.lines().any(|line| line == "oom_kill 0"), "the host killed: {events}");
-    let peak = fs::read_to_string(group.join("memory.peak"))?;
-    println!("peak of the pod's control group: {} MiB", peak.trim().parse::<i64>()? / MIB);
+    ensure!(group.oom_kills()? == 0, "the host killed");
+    println!("peak of the pod's control group: {} MiB", group.memory_peak()? >> 20);
 
     cri.remove_pod(&pod).await?;
-    fs::remove_dir(&group)?;
+    group.remove()?;
     before.assert_nothing_added()
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use caisson_e2e::{guest, leaks::Holdings, node::Product};
+use caisson_e2e::{cgroups, guest, leaks::Holdings, node::Product};
 
 #[test]
 fn kvm_is_there() -> Result<()> {
@@ -17,6 +17,16 @@ fn kvm_is_there() -> Result<()> {
         cpus.lines().any(|l| l.starts_with("flags") && l.split(' ').any(|f| f == "svm" || f == "vmx")),
         "the processor has no hardware virtualization"
     );
+    Ok(())
+}
+
+#[test]
+fn control_groups_are_of_the_version_that_was_asked_for() -> Result<()> {
+    let asked = std::fs::read_to_string("/proc/cmdline")?;
+    ensure!(cgroups::is_unified() != asked.contains("caisson.cgroup=v1"), "not as in {asked:?}");
+    let own = cgroups::of(Path::new("/proc/self"))?;
+    let memory = Path::new("/sys/fs/cgroup/memory");
+    ensure!(cgroups::is_unified() != own.iter().any(|group| group.starts_with(memory)), "{own:?}");
     Ok(())
 }
 
@@ -99,7 +109,7 @@ fn what_a_test_leaves_behind_is_seen() -> Result<()> {
         "cgroup /sys/fs/cgroup/e2e-leak/below",
         "network link e2e-leak",
         "network namespace e2e-leak",
-        "loop device loop",
+        "block device loop",
         "pod directory e2e-leak",
     ] {
         ensure!(seen.contains(what), "{what} was not seen: {seen}");

@@ -53,6 +53,8 @@ fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
 /// A Debian suite to take packages from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Suite {
+    /// Debian 12, with its security updates.
+    Bookworm,
     /// Debian 13, with its security updates.
     Trixie,
     /// Debian unstable.
@@ -63,6 +65,7 @@ impl Suite {
     /// Its code name.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::Bookworm => "bookworm",
             Self::Trixie => "trixie",
             Self::Sid => "sid",
         }
@@ -76,8 +79,8 @@ impl Suite {
         let Mirrors { archive, security } = Mirrors::of_host()?;
         let keyring = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
         let mut lines = vec![format!("deb {keyring} {archive} {} main", self.name())];
-        if self == Self::Trixie {
-            lines.push(format!("deb {keyring} {security} trixie-security main"));
+        if self != Self::Sid {
+            lines.push(format!("deb {keyring} {security} {}-security main", self.name()));
         }
         Ok(lines)
     }

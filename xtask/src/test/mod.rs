@@ -37,8 +37,13 @@ const SOAK_LIMIT: u64 = 12 * 3600;
 
 /// The tests that containerd's version may make a difference to, as a nextest filter. Left out are those that ask much of
 /// an emulated machine and little of containerd.
-const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/) - binary(/^shim_disks/) \
+const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/) - binary(/^shim_(cgroup|disks)/) \
                                - test(/_that_dies_at_any_/)";
+
+/// The tests that an older kernel and control groups of version 1 may make a difference to, and of the others enough to
+/// know that pods run there.
+const ON_THE_OLDEST: &str = "binary(/^shim_(cgroup|resize)/) + binary(/^(shim|testbed)/) \
+                             & test(/^(a_pod_runs_containers|a_dead_shim|a_running_container|control_groups)_/)";
 
 /// Options of `cargo xtask test`. Without any, everything runs but the soaks.
 #[derive(Args, Clone, Debug)]
@@ -196,12 +201,13 @@ fn nextest_in(
     Ok(command)
 }
 
-/// The tests to run on a variant: both have the same kernel, so what has nothing to do with containerd runs on one. Soaks
-/// have all the time that they need.
+/// The tests to run on a variant: all on the first, and on another those that the difference is to be seen in. Soaks have
+/// all the time that they need on both of containerd's versions.
 fn filter(args: &TestArgs, variant: Option<Variant>) -> Option<String> {
     match (&args.filter, variant) {
         (Some(asked), _) => Some(asked.clone()),
         (None, Some(Variant::Sid)) if !args.soak => Some(WITH_CONTAINERD.to_owned()),
+        (None, Some(Variant::Oldest)) => Some(ON_THE_OLDEST.to_owned()),
         (None, _) => None,
     }
 }

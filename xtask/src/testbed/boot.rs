@@ -275,7 +275,7 @@ fn qemu(bed: &Testbed, args: &MachineArgs, console: &Path) -> Command {
         qemu.args(["-icount", "shift=0"]);
         cmdline.push_str(" caisson.icount");
     }
-    if let Some(more) = &args.append {
+    for more in args.variant.words().into_iter().chain(args.append.as_deref()) {
         cmdline.push(' ');
         cmdline.push_str(more);
     }

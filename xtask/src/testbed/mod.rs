@@ -22,7 +22,7 @@ use std::{process::ExitCode, time::Duration};
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::host::Host;
+use crate::{apt::Suite, host::Host};
 
 /// `cargo xtask testbed …`.
 #[derive(Debug, Subcommand)]
@@ -39,7 +39,7 @@ pub(crate) enum TestbedCommand {
     Shell(MachineArgs),
 }
 
-/// Which Debian the testbed is made of.
+/// What the testbed is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Variant {
     /// Debian 13, with containerd 1.7.
@@ -47,22 +47,50 @@ pub(crate) enum Variant {
     Trixie,
     /// Debian unstable, with containerd 2.x.
     Sid,
+    /// The oldest host that is supported: Debian 13's containerd 1.7 on Debian 12's Linux 6.1, with control groups of
+    /// version 1.
+    Oldest,
 }
 
 impl Variant {
-    /// Both, in the order of their testing.
-    pub(crate) const ALL: [Self; 2] = [Self::Trixie, Self::Sid];
+    /// All, in the order of their testing.
+    pub(crate) const ALL: [Self; 3] = [Self::Trixie, Self::Sid, Self::Oldest];
 
     /// Its name on the command line.
     pub(crate) fn name(self) -> &'static str {
-        self.suite().name()
+        match self {
+            Self::Trixie | Self::Sid => self.root().name(),
+            Self::Oldest => "oldest",
+        }
+    }
+
+    /// The Debian suite that its root is made of.
+    fn root(self) -> Suite {
+        match self {
+            Self::Trixie | Self::Oldest => Suite::Trixie,
+            Self::Sid => Suite::Sid,
+        }
+    }
+
+    /// The Debian suite that its kernel is from.
+    fn kernel(self) -> Suite {
+        match self {
+            Self::Trixie | Self::Sid => Suite::Trixie,
+            Self::Oldest => Suite::Bookworm,
+        }
+    }
+
+    /// Words for its kernel's command line.
+    fn words(self) -> Option<&'static str> {
+        // Read by init.sh. Later kernels of Debian have no memory controller of version 1.
+        (self == Self::Oldest).then_some("caisson.cgroup=v1")
     }
 }
 
 /// What the machine is like.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct MachineArgs {
-    /// The Debian it is made of.
+    /// What it is made of.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) variant: Variant,
     /// Its processors.

@@ -119,8 +119,12 @@ const MODULES: &[&str] = &[
     "net/core/",
 ];
 
+/// The same of what only older kernels have as modules.
+const OLDER_MODULES: &[&str] = &["drivers/char/virtio_console", "drivers/virtio/virtio_pci"];
+
 /// What the initramfs loads, in this order, each after what it depends on.
-const BOOT_MODULES: [&str; 4] = ["virtio_blk", "crc32c_generic", "crc32c_intel", "ext4"];
+const BOOT_MODULES: [&str; 6] =
+    ["virtio_blk", "virtio_pci", "virtio_console", "crc32c_generic", "crc32c_intel", "ext4"];
 
 /// The size of the root's file system. It is sparse, and what is not in it yet costs nothing.
 const ROOT_SIZE: &str = "12G";
@@ -138,45 +142,23 @@ pub(crate) struct Testbed {
     pub(crate) root: PathBuf,
 }
 
-impl Variant {
-    /// The Debian suite behind it.
-    pub(crate) fn suite(self) -> Suite {
-        match self {
-            Self::Trixie => Suite::Trixie,
-            Self::Sid => Suite::Sid,
-        }
-    }
-}
-
 /// Builds what a variant boots, unless the cache has it.
 ///
 /// # Errors
 /// When packages can't be fetched or a tool fails.
 pub(crate) fn build(host: &Host, variant: Variant) -> Result<Testbed> {
     apt::require(&TOOLS)?;
-    let kernel = kernel(host)?;
-    let mut key =
-        Key::new("testbed-root-1").with(variant.name()).with(PACKAGES.join(" ")).with(LEFT_OUT.join(" "));
-    key = key.with(ROOT_SIZE).with(kernel.to_string_lossy().as_bytes());
-    let root = host.cache.entry("testbed-root", &key, |output| {
-        ensure!(
-            nix::unistd::geteuid().is_root(),
-            "building the testbed's root needs root (mmdebstrap and mke2fs -d)"
-        );
-        let scratch = host.cache.scratch()?;
-        let tree = scratch.path().join("root");
-        bootstrap(host, variant, &tree)?;
-        fs::copy(tree.join("bin/busybox"), output.join("busybox")).context("keeping the static busybox")?;
-        fs::write(output.join("packages"), installed(&tree)?).context("keeping the list of packages")?;
-        image(host, &kernel, &tree, &output.join("root.ext4"))
-    })?;
-    let key = Key::new("testbed-initramfs-1")
+    let root = root(host, variant.root())?;
+    let kernel = kernel(host, variant.kernel())?;
+    let modules = if variant.kernel() == ROOTS_KERNEL { Modules::InRoot } else { Modules::Along };
+    let key = Key::new("testbed-initramfs-2")
         .with(root.to_string_lossy().as_bytes())
+        .with(kernel.to_string_lossy().as_bytes())
         .with(BOOT_MODULES.join(" "))
         .with(INITRAMFS_SCRIPT)
         .with(INIT_SCRIPT);
     let initramfs = host.cache.entry("testbed-initramfs", &key, |output| {
-        let archive = initramfs(&kernel, &root.join("busybox"))?;
+        let archive = initramfs(&kernel, &root.join("busybox"), modules)?;
         fs::write(output.join("initramfs"), archive).context("writing the testbed's initramfs")
     })?;
     Ok(Testbed {
@@ -193,24 +175,60 @@ const INITRAMFS_SCRIPT: &str = include_str!("guest/initramfs.sh");
 /// Its PID 1 from then on.
 const INIT_SCRIPT: &str = include_str!("guest/init.sh");
 
-/// Debian's kernel and its modules, unpacked: both variants boot the same one.
-fn kernel(host: &Host) -> Result<PathBuf> {
-    let apt = PrivateApt::open(&host.cache, Suite::Trixie)?;
+/// The suite whose kernel's modules are in the roots.
+const ROOTS_KERNEL: Suite = Suite::Trixie;
+
+/// Where a kernel's modules are when the testbed boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Modules {
+    /// In the root.
+    InRoot,
+    /// In the initramfs, which puts them there.
+    Along,
+}
+
+/// A root file system, with busybox and a list of its packages beside it.
+fn root(host: &Host, suite: Suite) -> Result<PathBuf> {
+    let kernel = kernel(host, ROOTS_KERNEL)?;
+    let mut key =
+        Key::new("testbed-root-1").with(suite.name()).with(PACKAGES.join(" ")).with(LEFT_OUT.join(" "));
+    key = key.with(ROOT_SIZE).with(kernel.to_string_lossy().as_bytes());
+    host.cache.entry("testbed-root", &key, |output| {
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "building the testbed's root needs root (mmdebstrap and mke2fs -d)"
+        );
+        let scratch = host.cache.scratch()?;
+        let tree = scratch.path().join("root");
+        bootstrap(host, suite, &tree)?;
+        fs::copy(tree.join("bin/busybox"), output.join("busybox")).context("keeping the static busybox")?;
+        fs::write(output.join("packages"), installed(&tree)?).context("keeping the list of packages")?;
+        image(host, &kernel, &tree, &output.join("root.ext4"))
+    })
+}
+
+/// Debian's kernel and its modules, unpacked.
+fn kernel(host: &Host, suite: Suite) -> Result<PathBuf> {
+    let apt = PrivateApt::open(&host.cache, suite)?;
     let package = apt.dependency("linux-image-amd64", "linux-image-")?;
     let version = apt.version(&package)?;
-    let key = Key::new("testbed-kernel-1").with(&package).with(&version).with(MODULES.join(" "));
+    let modules = if suite == Suite::Bookworm { &[MODULES, OLDER_MODULES].concat() } else { MODULES };
+    let key = Key::new("testbed-kernel-1").with(&package).with(&version).with(modules.join(" "));
     host.cache.entry("testbed-kernel", &key, |output| {
         let scratch = host.cache.scratch()?;
         apt.unpack(&package, scratch.path())?;
         let release = package.trim_start_matches("linux-image-");
         fs::copy(scratch.path().join(format!("boot/vmlinuz-{release}")), output.join("vmlinuz"))
             .context("keeping the testbed's kernel")?;
-        let from = scratch.path().join("usr/lib/modules").join(release);
+        // Packages from before Debian 13 have them in /lib.
+        let usr = Some(scratch.path().join("usr")).filter(|usr| usr.join("lib/modules").exists());
+        let above = usr.as_deref().unwrap_or(scratch.path());
+        let from = above.join("lib/modules").join(release);
         let to = output.join("lib/modules").join(release);
         let mut index = proc::contained("depmod");
-        index.arg("--basedir").arg(scratch.path().join("usr")).arg(release);
+        index.arg("--basedir").arg(above).arg(release);
         proc::run_logged("indexing the testbed's kernel modules", &mut index, &host.log("testbed-depmod"))?;
-        take_modules(&from, &to)?;
+        take_modules(&from, &to, modules)?;
         // Compressed modules are slow to load on an emulated processor, and so are large ones.
         let script = "find \"$1\" -name '*.ko.xz' -exec xz --decompress {} + && \
                       find \"$1\" -name '*.ko' -exec strip --strip-debug {} + && depmod --basedir \"$2\" \"$3\"";
@@ -220,9 +238,9 @@ fn kernel(host: &Host) -> Result<PathBuf> {
     })
 }
 
-fn take_modules(from: &Path, to: &Path) -> Result<()> {
+fn take_modules(from: &Path, to: &Path, wanted: &[&str]) -> Result<()> {
     let dependencies = fs::read_to_string(from.join("modules.dep")).context("reading modules.dep")?;
-    for file in closure(&dependencies, MODULES) {
+    for file in closure(&dependencies, wanted) {
         let target = to.join(file);
         let parent = target.parent().context("a module has no directory")?;
         fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
@@ -247,7 +265,7 @@ fn closure<'a>(dependencies: &'a str, prefixes: &[&str]) -> BTreeSet<&'a str> {
 
 /// Installs the packages into a directory. The bootstrap mounts in its own namespace, so that no end of it leaves a
 /// mount on the host.
-fn bootstrap(host: &Host, variant: Variant, tree: &Path) -> Result<()> {
+fn bootstrap(host: &Host, suite: Suite, tree: &Path) -> Result<()> {
     let mut mmdebstrap = proc::contained("mmdebstrap");
     mmdebstrap.args(["--mode=root", "--variant=minbase", "--components=main", "--format=directory"]);
     mmdebstrap.arg(format!("--include={}", PACKAGES.join(",")));
@@ -257,9 +275,9 @@ fn bootstrap(host: &Host, variant: Variant, tree: &Path) -> Result<()> {
     for path in LEFT_OUT {
         mmdebstrap.arg(format!("--dpkgopt=path-exclude={path}"));
     }
-    mmdebstrap.arg(variant.suite().name()).arg(tree).args(variant.suite().sources()?);
-    let what = format!("installing the testbed's {} root", variant.name());
-    proc::run_logged(&what, &mut mmdebstrap, &host.log(&format!("testbed-root-{}", variant.name())))
+    mmdebstrap.arg(suite.name()).arg(tree).args(suite.sources()?);
+    let what = format!("installing the testbed's {} root", suite.name());
+    proc::run_logged(&what, &mut mmdebstrap, &host.log(&format!("testbed-root-{}", suite.name())))
 }
 
 /// The names and versions of what is installed.
@@ -280,7 +298,7 @@ fn image(host: &Host, kernel: &Path, tree: &Path, output: &Path) -> Result<()> {
 }
 
 /// The archive with busybox, the modules for the root disk, and the two scripts.
-fn initramfs(kernel: &Path, busybox: &Path) -> Result<Vec<u8>> {
+fn initramfs(kernel: &Path, busybox: &Path, whose: Modules) -> Result<Vec<u8>> {
     let releases = fs::read_dir(kernel.join("lib/modules")).context("listing the testbed's modules")?;
     let modules = releases.flatten().next().context("the testbed's kernel has no modules")?.path();
     let mut archive = Archive::new(Vec::new());
@@ -304,7 +322,29 @@ fn initramfs(kernel: &Path, busybox: &Path) -> Result<Vec<u8>> {
         order.push_str(&format!("{name}\n"));
     }
     archive.file("modules/order", 0o644, order.as_bytes())?;
+    if whose == Modules::Along {
+        archive.directory("along")?;
+        tree(&mut archive, &kernel.join("lib/modules"), "along")?;
+    }
     Ok(archive.finish()?)
+}
+
+/// Adds all files and directories below `from` to the archive's directory `to`.
+fn tree(archive: &mut Archive<Vec<u8>>, from: &Path, to: &str) -> Result<()> {
+    let mut names: Vec<_> = fs::read_dir(from)?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+    // The same bytes on every machine.
+    names.sort();
+    for name in names {
+        let (from, to) = (from.join(&name), format!("{to}/{}", name.to_string_lossy()));
+        if from.is_dir() {
+            archive.directory(&to)?;
+            tree(archive, &from, &to)?;
+        } else {
+            let contents = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
+            archive.file(&to, 0o644, &contents)?;
+        }
+    }
+    Ok(())
 }
 
 /// The files to load for these modules, dependencies first, by a `modules.dep`. Modules that are not there are built

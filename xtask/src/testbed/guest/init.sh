@@ -14,7 +14,6 @@ mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t mqueue mqueue /dev/mqueue
 mount -t hugetlbfs hugetlbfs /dev/hugepages
 mount -t tmpfs -o mode=1777 tmp /tmp
-mount -t cgroup2 -o nsdelegate cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 mount -t securityfs securityfs /sys/kernel/security
 mount -t debugfs debugfs /sys/kernel/debug
@@ -25,12 +24,34 @@ ln -sfn /proc/self/fd/1 /dev/stdout
 ln -sfn /proc/self/fd/2 /dev/stderr
 mount --make-rshared /
 
-# As systemd does: nobody lives in the root cgroup, and every controller is on for those below it.
-mkdir -p /sys/fs/cgroup/init.scope
-echo 1 >/sys/fs/cgroup/init.scope/cgroup.procs
-for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
-    echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
-done
+# Control groups, as systemd has them.
+cgroup=/sys/fs/cgroup
+case $cmdline in
+*' caisson.cgroup=v1 '*)
+    # Version 1's hierarchies, and one of version 2 beside them, without controllers.
+    mount -t tmpfs -o mode=755 cgroup $cgroup
+    mkdir $cgroup/unified $cgroup/systemd
+    mount -t cgroup2 -o nsdelegate cgroup2 $cgroup/unified
+    mount -t cgroup -o none,xattr,name=systemd cgroup $cgroup/systemd
+    for controllers in cpuset cpu,cpuacct blkio memory devices freezer net_cls,net_prio perf_event hugetlb pids rdma \
+        misc; do
+        mkdir $cgroup/$controllers
+        mount -t cgroup -o $controllers cgroup $cgroup/$controllers || say "no controllers $controllers"
+        for controller in ${controllers/,/ }; do
+            [ -e $cgroup/$controller ] || ln -s $controllers $cgroup/$controller
+        done
+    done
+    ;;
+*)
+    # Nobody lives in the root, and every controller is on for those below it.
+    mount -t cgroup2 -o nsdelegate cgroup2 $cgroup
+    mkdir -p $cgroup/init.scope
+    echo 1 >$cgroup/init.scope/cgroup.procs
+    for controller in $(cat $cgroup/cgroup.controllers); do
+        echo "+$controller" >$cgroup/cgroup.subtree_control
+    done
+    ;;
+esac
 
 modprobe -a kvm_amd overlay 9pnet_virtio 9p vhost_vsock vhost_net tun veth bridge br_netfilter nf_tables loop ||
     say 'some modules are missing'

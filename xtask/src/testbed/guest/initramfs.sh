@@ -8,6 +8,8 @@ for module in $($b cat /modules/order); do
     $b insmod "/modules/$module" || echo "caisson-testbed: insmod $module failed" >/dev/console
 done
 $b mount -t ext4 -o rw,noatime /dev/vda /newroot || echo 'caisson-testbed: no root' >/dev/console
+# A kernel that is not the root's own brings its modules along.
+[ -d /along ] && $b cp -r /along/. /newroot/usr/lib/modules/
 $b mount --move /dev /newroot/dev
 $b mount --move /proc /newroot/proc
 $b mount -t tmpfs -o mode=755 run /newroot/run
