@@ -110,7 +110,7 @@ fn what_a_test_leaves_behind_is_seen() -> Result<()> {
         "network link e2e-leak",
         "network namespace e2e-leak",
         "block device loop",
-        "pod directory e2e-leak",
+        "pod directory /run/caisson/e2e-leak",
     ] {
         ensure!(seen.contains(what), "{what} was not seen: {seen}");
     }
