@@ -59,6 +59,7 @@ use fuse_backend_rs::{
     },
 };
 use libc::{stat64, statvfs64};
+use nix::sys::statfs::{self, FsType};
 
 pub(super) use self::copies::RangeCopy;
 use self::{
@@ -107,6 +108,20 @@ fn appends(flags: i32) -> bool {
 
 fn key(stat: &stat64, mount: u64) -> Key {
     Key { device: stat.st_dev, inode: stat.st_ino, mount }
+}
+
+/// Whether a file is on one of the file systems that do nothing when a file is closed. Those of a network send what
+/// was written by then, and say what came of it.
+fn closes_silently(inode: &Inode) -> bool {
+    const SILENT: [FsType; 6] = [
+        statfs::BTRFS_SUPER_MAGIC,
+        statfs::EXT4_SUPER_MAGIC,
+        statfs::F2FS_SUPER_MAGIC,
+        statfs::OVERLAYFS_SUPER_MAGIC,
+        statfs::TMPFS_MAGIC,
+        statfs::XFS_SUPER_MAGIC,
+    ];
+    statfs::fstatfs(inode.fd()).is_ok_and(|found| SILENT.contains(&found.filesystem_type()))
 }
 
 impl Passthrough {
@@ -208,9 +223,16 @@ impl Passthrough {
             CachePolicy::Auto => OpenOptions::empty(),
             CachePolicy::Always => OpenOptions::KEEP_CACHE,
         };
-        // Whoever only reads has nothing to bring to the disk, and no error to learn of: a request less for
-        // every program that starts and every file that it reads.
-        if flags & libc::O_ACCMODE == libc::O_RDONLY { cache | sys::NO_FLUSH } else { cache }
+        let silent = match flags & libc::O_ACCMODE {
+            // Whoever only reads has nothing to bring to the disk, and no error to learn of: a request less for
+            // every program that starts and every file that it reads.
+            libc::O_RDONLY => true,
+            // What is written without being mapped was given to the host's file system at once.
+            libc::O_WRONLY => closes_silently(inode),
+            // The guest's kernel brings what was changed through a mapping to the host when it says so.
+            _ => false,
+        };
+        if silent { cache | sys::NO_FLUSH } else { cache }
     }
 
     /// The same for a directory, which has no pages that could go around a cache.
