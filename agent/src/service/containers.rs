@@ -1,13 +1,12 @@
 //! The `Containers` service.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use caisson_protocol::limits::{MAX_CONTAINERS, MAX_EXECS};
 use caisson_protocol::v1::{self as proto, containers_server, event};
 use tonic::{Request, Response, Status};
 
-use super::{Shared, no_sandbox, stats};
+use super::{Shared, blocking, no_sandbox, stats};
 use crate::container::{self, CreateRequest, ExecRequest};
 use crate::oci;
 use crate::task;
@@ -222,10 +221,11 @@ async fn create(
         for storage in request.storages {
             shared.mount(storage, id.clone()).await?;
         }
-        let rootfs: Option<PathBuf> = match request.rootfs_storage.as_str() {
-            "" => None,
-            storage => Some(shared.storages.path(storage)?),
-        };
+        let (storages, storage) = (shared.storages.clone(), request.rootfs_storage);
+        let mut rootfs = None;
+        if !storage.is_empty() {
+            rootfs = Some(blocking(move || storages.path(&storage)).await?);
+        }
         let created = shared.runtime.create(CreateRequest { id: id.clone(), spec, rootfs, stdio }).await?;
         shared.processes.made(&id, "", terminal, created.terminal)?;
         Ok::<_, Status>(created.pid)

@@ -82,11 +82,14 @@ impl machine_server::Machine for Service {
         &self,
         request: Request<proto::UnplugDeviceRequest>,
     ) -> Result<Response<proto::UnplugDeviceResponse>, Status> {
-        let slot = request.into_inner().slot;
-        if self.0.storages.uses_slot(slot) {
-            return Err(Status::failed_precondition(format!("a storage is on slot {slot}")));
-        }
-        blocking(move || devices::unplug(slot)).await?;
+        let (storages, slot) = (self.0.storages.clone(), request.into_inner().slot);
+        blocking(move || {
+            if storages.uses_slot(slot) {
+                return Err(Status::failed_precondition(format!("a storage is on slot {slot}")));
+            }
+            devices::unplug(slot).map_err(Status::from)
+        })
+        .await?;
         Ok(Response::new(proto::UnplugDeviceResponse {}))
     }
 

@@ -9,6 +9,7 @@ use caisson_protocol::v1::{self as proto, storages_server};
 use tonic::{Request, Response, Status};
 
 use super::{Shared, blocking};
+use crate::storage::StorageError;
 
 /// The number of a block device's node; zeros for anything else.
 fn block_number(path: &Path) -> (u32, u32) {
@@ -26,11 +27,14 @@ impl storages_server::Storages for Service {
         request: Request<proto::MountStorageRequest>,
     ) -> Result<Response<proto::MountStorageResponse>, Status> {
         self.0.state.accepting()?;
-        let storage = request.into_inner().storage.unwrap_or_default();
-        let path = self.0.mount(storage, String::new()).await?;
-        let (major, minor) = block_number(&path);
-        let path = path.to_string_lossy().into_owned();
-        Ok(Response::new(proto::MountStorageResponse { path, major, minor }))
+        let (storages, request) = (self.0.storages.clone(), request.into_inner());
+        let mounted = blocking(move || {
+            let path = storages.mount(&request.storage.unwrap_or_default(), "")?;
+            let (major, minor) = block_number(&path);
+            let path = path.to_string_lossy().into_owned();
+            Ok::<_, StorageError>(proto::MountStorageResponse { path, major, minor })
+        });
+        Ok(Response::new(mounted.await?))
     }
 
     async fn unmount_storage(
@@ -46,7 +50,9 @@ impl storages_server::Storages for Service {
         &self,
         _: Request<proto::ListStoragesRequest>,
     ) -> Result<Response<proto::ListStoragesResponse>, Status> {
-        Ok(Response::new(proto::ListStoragesResponse { storages: self.0.storages.list() }))
+        let storages = self.0.storages.clone();
+        let storages = blocking(move || Ok::<_, StorageError>(storages.list())).await?;
+        Ok(Response::new(proto::ListStoragesResponse { storages }))
     }
 
     async fn sync_tree(
