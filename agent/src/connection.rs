@@ -9,7 +9,7 @@ use caisson_protocol::{connect, ports};
 use nix::unistd::geteuid;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use tracing::{debug, warn};
 
@@ -24,12 +24,19 @@ impl<T: AsyncRead + AsyncWrite + Send> Transport for T {}
 /// A connection, whatever its transport.
 pub struct Connection {
     transport: Pin<Box<dyn Transport>>,
+    /// Of those that there are so many of.
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
     /// Wraps a transport's connection.
     pub fn new(transport: impl AsyncRead + AsyncWrite + Send + 'static) -> Connection {
-        Connection { transport: Box::pin(transport) }
+        Connection { transport: Box::pin(transport), _place: None }
+    }
+
+    /// The same, in a place that is free again when it ends.
+    pub fn in_place(self, place: OwnedSemaphorePermit) -> Connection {
+        Connection { _place: Some(place), ..self }
     }
 }
 

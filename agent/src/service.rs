@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use caisson_protocol::limits;
 use caisson_protocol::server::Method;
 use caisson_protocol::v1::agent_server::SERVICE_NAME as AGENT;
 use caisson_protocol::v1::containers_server::SERVICE_NAME as CONTAINERS;
@@ -49,6 +48,9 @@ use crate::storage::Storages;
 use crate::task;
 use crate::transfer::Transfers;
 
+/// Streams' handshakes at a time; who comes later waits.
+const HANDSHAKES: usize = 256;
+
 /// The agent can not serve.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -70,9 +72,8 @@ pub async fn serve(state: Arc<State>, mut incoming: Incoming) -> Result<(), Serv
     state.listening_us.store(clock::boottime_us(), Ordering::Release);
     let streams = state.streams.clone();
     task::spawn(async move {
-        let permits = Arc::new(Semaphore::new(limits::MAX_STREAM_CONNECTIONS));
+        let permits = Arc::new(Semaphore::new(HANDSHAKES));
         while let Some(connection) = incoming.streams.recv().await {
-            // Handshakes in flight are what is bounded here; streams themselves are bounded by who makes them.
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
             let streams = streams.clone();
             task::spawn(async move {

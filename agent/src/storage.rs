@@ -278,3 +278,25 @@ pub fn check_id(id: &str) -> Result<(), StorageError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_so_many_storages() {
+        let storages = Storages::new(Path::new("/nowhere"));
+        for number in 0..MAX_STORAGES {
+            let id = number.to_string();
+            let storage = Storage { id: id.clone(), ..Storage::default() };
+            let entry =
+                Mounted { storage, path: PathBuf::new(), is_mount: false, owner: String::new(), order: 0 };
+            lock(&storages.mounted).insert(id, entry);
+        }
+        let one_more = Storage { id: "more".to_owned(), ..Storage::default() };
+        assert!(matches!(storages.mount(&one_more, ""), Err(StorageError::Limit)));
+        storages.unmount("7").unwrap();
+        // There would be room now, if it were a storage of some kind.
+        assert!(matches!(storages.mount(&one_more, ""), Err(StorageError::Invalid { .. })));
+    }
+}

@@ -10,8 +10,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use caisson_protocol::limits::MAX_STREAM_CONNECTIONS;
 use caisson_protocol::stream::{self, Refusal};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tracing::debug;
 
 use crate::connection::Connection;
@@ -20,9 +21,17 @@ pub use fd::Fd;
 pub use pump::{Exit, Finish, drain, feed, forward, terminal};
 
 /// Issues stream ids, and finds the stream that a connection asks for. Clones share one state.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Registry {
     table: Arc<Mutex<Table>>,
+    /// Connections that may still be attached: each has buffers.
+    room: Arc<Semaphore>,
+}
+
+impl Default for Registry {
+    fn default() -> Registry {
+        Registry::with_room(MAX_STREAM_CONNECTIONS)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -47,6 +56,10 @@ pub struct Port {
 }
 
 impl Registry {
+    fn with_room(connections: usize) -> Registry {
+        Registry { table: Arc::default(), room: Arc::new(Semaphore::new(connections)) }
+    }
+
     /// A new stream.
     pub fn open(&self) -> Port {
         let (sender, receiver) = mpsc::channel(1);
@@ -76,15 +89,21 @@ impl Registry {
         let refusal = match slot {
             None => Refusal::NotFound,
             Some(slot) if slot.attached.swap(true, Ordering::AcqRel) => Refusal::Busy,
-            Some(slot) => {
-                if stream::answer(&mut connection, Ok(())).await.is_err() {
-                    slot.attached.store(false, Ordering::Release);
-                } else {
-                    // A port that went away meanwhile closes the connection: the stream has ended.
-                    let _ = slot.sender.send(connection).await;
+            Some(slot) => match self.room.clone().try_acquire_owned() {
+                Ok(place) => {
+                    if stream::answer(&mut connection, Ok(())).await.is_err() {
+                        slot.attached.store(false, Ordering::Release);
+                    } else {
+                        // A port that went away meanwhile closes the connection: the stream has ended.
+                        let _ = slot.sender.send(connection.in_place(place)).await;
+                    }
+                    return;
                 }
-                return;
-            }
+                Err(_) => {
+                    slot.attached.store(false, Ordering::Release);
+                    Refusal::Exhausted
+                }
+            },
         };
         let _ = stream::answer(&mut connection, Err(refusal)).await;
     }
@@ -132,6 +151,20 @@ mod tests {
         let (mut host, agent) = duplex(64);
         let (result, ()) = tokio::join!(attach(&mut host, id), registry.attach(Connection::new(agent)));
         result.map(|()| host)
+    }
+
+    #[tokio::test]
+    async fn so_many_connections_at_a_time() {
+        let registry = Registry::with_room(1);
+        let (mut first, second) = (registry.open(), registry.open());
+        let _host = connect(&registry, first.id()).await.unwrap();
+        let connection = first.connection().await;
+        for _ in 0..2 {
+            let refused = connect(&registry, second.id()).await;
+            assert!(matches!(refused, Err(HandshakeError::Refused(Refusal::Exhausted))));
+        }
+        drop(connection);
+        connect(&registry, second.id()).await.unwrap();
     }
 
     #[tokio::test]

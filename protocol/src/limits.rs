@@ -8,7 +8,7 @@ pub const MAX_MESSAGE: usize = 4 << 20;
 pub const MAX_IN_FLIGHT: u32 = 1024;
 /// Control connections at a time; the agent closes what is opened beyond.
 pub const MAX_CONTROL_CONNECTIONS: usize = 32;
-/// Stream connections at a time.
+/// Stream connections at a time; the agent refuses what is opened beyond.
 pub const MAX_STREAM_CONNECTIONS: usize = 4096;
 /// Containers in a sandbox.
 pub const MAX_CONTAINERS: usize = 1024;

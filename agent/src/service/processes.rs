@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use caisson_protocol::limits::DRAIN_TIMEOUT;
+use caisson_protocol::limits::{DRAIN_TIMEOUT, MAX_CONTAINERS, MAX_EXECS};
 use caisson_protocol::v1::{ExitStatus, OutOfMemory, ProcessExit, StreamIds, StreamSelection, event};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -74,6 +74,7 @@ impl Processes {
         if table.contains_key(&key) {
             return Err(Status::already_exists(format!("{container} {process} exists")));
         }
+        room(&table, container, process)?;
         let (close, registry) = (Arc::new(Notify::new()), &self.state.streams);
         let mut streams = Streams { stdio: Stdio::default(), ids: StreamIds::default(), terminal: None };
         let mut pumps = Pumps::default();
@@ -160,11 +161,6 @@ impl Processes {
         ended.ok().and_then(|status| *status).ok_or_else(|| not_found(container, process))
     }
 
-    /// How many processes of a container are known.
-    pub(super) fn count(&self, container: &str) -> usize {
-        lock(&self.table).keys().filter(|key| key.0 == container).count()
-    }
-
     fn get<T>(&self, container: &str, process: &str, what: impl FnOnce(&Process) -> T) -> Result<T, Status> {
         let table = lock(&self.table);
         let key = (container.to_owned(), process.to_owned());
@@ -199,6 +195,22 @@ impl Processes {
             }
         }
     }
+}
+
+/// Whether there may be one more container, or one more exec in it.
+fn room(table: &HashMap<Key, Process>, container: &str, process: &str) -> Result<(), Status> {
+    let (of_its_kind, limit) = if process.is_empty() {
+        (table.keys().filter(|key| key.1.is_empty()).count(), MAX_CONTAINERS)
+    } else {
+        (table.keys().filter(|key| key.0 == container && !key.1.is_empty()).count(), MAX_EXECS)
+    };
+    if of_its_kind < limit {
+        return Ok(());
+    }
+    Err(Status::resource_exhausted(match process {
+        "" => format!("there are {limit} containers already"),
+        _ => format!("{container} has {limit} execs already"),
+    }))
 }
 
 /// Tells an exit after the last byte of the process's output.
@@ -261,4 +273,42 @@ fn pipe() -> Result<(OwnedFd, OwnedFd), Status> {
 
 fn fd(fd: OwnedFd) -> Result<Fd, Status> {
     Fd::new(fd).map_err(|error| Status::internal(format!("watch a stream: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+    use crate::reaper::Reaper;
+    use crate::ring::Ring;
+
+    fn processes() -> Processes {
+        let (root, lines) = (std::path::Path::new("/nowhere"), Arc::new(Ring::new(1)));
+        Processes::new(Arc::new(State::new(root, false, Reaper::start().unwrap(), lines).unwrap()))
+    }
+
+    #[tokio::test]
+    async fn there_are_so_many_containers_and_so_many_execs_of_each() {
+        let processes = processes();
+        let prepare = |container: &str, process: &str| {
+            let prepared = processes.prepare(container, process, &StreamSelection::default(), false);
+            prepared.map(drop).map_err(|status| status.code())
+        };
+        for number in 0..MAX_CONTAINERS {
+            prepare(&number.to_string(), "").unwrap();
+        }
+        assert_eq!(prepare("more", ""), Err(Code::ResourceExhausted));
+        for number in 0..MAX_EXECS {
+            prepare("0", &number.to_string()).unwrap();
+        }
+        assert_eq!(prepare("0", "more"), Err(Code::ResourceExhausted));
+        prepare("1", "another container's").unwrap();
+        // What is forgotten makes room.
+        processes.forget("0", "7");
+        processes.forget("2", "");
+        prepare("0", "more").unwrap();
+        prepare("more", "").unwrap();
+        assert_eq!(prepare("0", "more"), Err(Code::AlreadyExists));
+    }
 }
