@@ -3,7 +3,7 @@
 //! Paths come from the host, directories from a container that may be hostile: every path is resolved in the root
 //! that it belongs to, on descriptors, without magic links.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -23,6 +23,7 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, unlinkat};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::pod::Pod;
 use crate::state::{lock, random};
@@ -35,7 +36,7 @@ const CHUNK: usize = 256 << 10;
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection inside the pod may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Transfers whose result nobody asked for yet.
+/// Transfers that go on, or whose result nobody asked for yet. Such a result makes room when there is none.
 const MAX_TRANSFERS: usize = 256;
 const MAX_PARENTS: usize = 64;
 
@@ -54,7 +55,7 @@ pub enum TransferError {
     /// The transfer is unknown, or its result was told.
     #[error("there is no transfer {0}")]
     NotFound(u64),
-    /// Too many.
+    /// Too many go on.
     #[error("there are {MAX_TRANSFERS} transfers already")]
     Limit,
     /// The host did not connect, or sent less or more than it said.
@@ -96,7 +97,13 @@ type Outcome = Result<u64, TransferError>;
 /// Transfers whose results can be asked for. Clones share one table.
 #[derive(Clone, Debug, Default)]
 pub struct Transfers {
-    results: Arc<Mutex<HashMap<u64, oneshot::Receiver<Outcome>>>>,
+    results: Arc<Mutex<BTreeMap<u64, Transfer>>>,
+}
+
+#[derive(Debug)]
+struct Transfer {
+    outcome: oneshot::Receiver<Outcome>,
+    task: JoinHandle<()>,
 }
 
 impl Transfers {
@@ -142,16 +149,19 @@ impl Transfers {
         stream: u64,
         transfer: impl Future<Output = Outcome> + Send + 'static,
     ) -> Result<u64, TransferError> {
-        let (sender, receiver) = oneshot::channel();
+        let (sender, outcome) = oneshot::channel();
         let mut results = lock(&self.results);
         if results.len() >= MAX_TRANSFERS {
-            return Err(TransferError::Limit);
+            // Whoever began it has gone without asking, or would have.
+            let ended = results.iter().find(|(_, transfer)| transfer.task.is_finished());
+            let ended = ended.map(|(&stream, _)| stream).ok_or(TransferError::Limit)?;
+            results.remove(&ended);
         }
-        results.insert(stream, receiver);
-        task::spawn(async move {
+        let task = task::spawn(async move {
             // Nobody may want to know.
             let _ = sender.send(transfer.await);
         });
+        results.insert(stream, Transfer { outcome, task });
         Ok(stream)
     }
 
@@ -161,13 +171,13 @@ impl Transfers {
     /// # Errors
     /// As the transfer, or when there is none.
     pub async fn wait(&self, stream: u64) -> Outcome {
-        let receiver = lock(&self.results).remove(&stream).ok_or(TransferError::NotFound(stream))?;
-        let mut asked = Asked { transfers: self, stream, receiver: Some(receiver) };
-        let outcome = match &mut asked.receiver {
-            Some(receiver) => receiver.await.ok(),
+        let transfer = lock(&self.results).remove(&stream).ok_or(TransferError::NotFound(stream))?;
+        let mut asked = Asked { transfers: self, stream, transfer: Some(transfer) };
+        let outcome = match &mut asked.transfer {
+            Some(transfer) => (&mut transfer.outcome).await.ok(),
             None => None,
         };
-        asked.receiver = None;
+        asked.transfer = None;
         outcome.unwrap_or(Err(TransferError::NotFound(stream)))
     }
 }
@@ -176,13 +186,13 @@ impl Transfers {
 struct Asked<'a> {
     transfers: &'a Transfers,
     stream: u64,
-    receiver: Option<oneshot::Receiver<Outcome>>,
+    transfer: Option<Transfer>,
 }
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        if let Some(receiver) = self.receiver.take() {
-            lock(&self.transfers.results).insert(self.stream, receiver);
+        if let Some(transfer) = self.transfer.take() {
+            lock(&self.transfers.results).insert(self.stream, transfer);
         }
     }
 }
@@ -436,6 +446,28 @@ mod tests {
         assert_eq!(back, bytes);
         assert_eq!(transfers.wait(reply.stream).await.unwrap(), 1_000_000);
         assert!(matches!(transfers.wait(reply.stream).await, Err(TransferError::NotFound(_))));
+    }
+
+    #[tokio::test]
+    async fn results_that_nobody_asks_for_make_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let (registry, transfers) = (Registry::default(), Transfers::default());
+        let begin = || transfers.copy_in(root(directory.path()), request("file", 1), registry.open());
+        let begun: Vec<u64> = (0..MAX_TRANSFERS).map(|_| begin().unwrap()).collect();
+        assert!(matches!(begin(), Err(TransferError::Limit)), "all go on");
+        let (mut host, agent) = duplex(64);
+        let ended = begun[7];
+        let (attached, ()) = tokio::join!(attach(&mut host, ended), registry.attach(Connection::new(agent)));
+        attached.unwrap();
+        host.shutdown().await.unwrap();
+        let next = loop {
+            match begin() {
+                Err(TransferError::Limit) => tokio::time::sleep(Duration::from_millis(5)).await,
+                next => break next.unwrap(),
+            }
+        };
+        assert!(matches!(transfers.wait(ended).await, Err(TransferError::NotFound(_))));
+        assert!(next > ended && matches!(begin(), Err(TransferError::Limit)));
     }
 
     #[tokio::test]
