@@ -21,6 +21,9 @@ use crate::pod::{Pod, Settings};
 use crate::rest::{self, Activity};
 use crate::service;
 
+/// How long containerd is given to notice the last answer before its connection ends: when it notices both at once, it may
+/// take the answer for one that never came.
+const ANSWERED: Duration = Duration::from_millis(200);
 /// How long containerd may take for the last events and answers.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
@@ -74,6 +77,7 @@ async fn serve(subject: Subject, invocation: &Invocation) -> Result<(), ActionEr
     }
     // From here on a new shim may be started for a pod of the same name, whose socket has the same path.
     remove_socket(invocation);
+    tokio::time::sleep(ANSWERED).await;
     if tokio::time::timeout(LAST_WORDS, server.shutdown()).await.is_err() {
         tracing::debug!("containerd keeps its connection");
     }
