@@ -38,7 +38,7 @@ const SOAK_LIMIT: u64 = 12 * 3600;
 /// The tests that containerd's version may make a difference to, as a nextest filter. Left out are those that ask much of
 /// an emulated machine and little of containerd.
 const WITH_CONTAINERD: &str = "binary(/^(runc|shim|testbed)/) - binary(/^shim_(cgroup|disks)/) \
-                               - test(/_that_dies_at_any_/)";
+                               - test(/_that_dies_(at_any|of_any|while)_/)";
 
 /// The tests that an older kernel and control groups of version 1 may make a difference to, and of the others enough to
 /// know that pods run there.
