@@ -148,9 +148,12 @@ pub(crate) struct Testbed {
 /// When packages can't be fetched or a tool fails.
 pub(crate) fn build(host: &Host, variant: Variant) -> Result<Testbed> {
     apt::require(&TOOLS)?;
-    let root = root(host, variant.root())?;
-    let kernel = kernel(host, variant.kernel())?;
-    let modules = if variant.kernel() == ROOTS_KERNEL { Modules::InRoot } else { Modules::Along };
+    let roots_kernel = kernel(host, ROOTS_KERNEL)?;
+    let root = root(host, variant.root(), &roots_kernel)?;
+    let (kernel, modules) = match variant.kernel() {
+        ROOTS_KERNEL => (roots_kernel, Modules::InRoot),
+        suite => (kernel(host, suite)?, Modules::Along),
+    };
     let key = Key::new("testbed-initramfs-2")
         .with(root.to_string_lossy().as_bytes())
         .with(kernel.to_string_lossy().as_bytes())
@@ -187,9 +190,8 @@ enum Modules {
     Along,
 }
 
-/// A root file system, with busybox and a list of its packages beside it.
-fn root(host: &Host, suite: Suite) -> Result<PathBuf> {
-    let kernel = kernel(host, ROOTS_KERNEL)?;
+/// A root file system that has this kernel's modules, with busybox and a list of its packages beside it.
+fn root(host: &Host, suite: Suite, kernel: &Path) -> Result<PathBuf> {
     let mut key =
         Key::new("testbed-root-1").with(suite.name()).with(PACKAGES.join(" ")).with(LEFT_OUT.join(" "));
     key = key.with(ROOT_SIZE).with(kernel.to_string_lossy().as_bytes());
@@ -203,7 +205,7 @@ fn root(host: &Host, suite: Suite) -> Result<PathBuf> {
         bootstrap(host, suite, &tree)?;
         fs::copy(tree.join("bin/busybox"), output.join("busybox")).context("keeping the static busybox")?;
         fs::write(output.join("packages"), installed(&tree)?).context("keeping the list of packages")?;
-        image(host, &kernel, &tree, &output.join("root.ext4"))
+        image(host, kernel, &tree, &output.join("root.ext4"))
     })
 }
 
