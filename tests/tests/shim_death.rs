@@ -24,31 +24,48 @@ const HANDLER: &str = "caisson";
 /// How long a pod whose shim died may take to be removed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Resets the failpoint, however the test ends.
-struct Armed<'a>(&'a Node);
+/// A failpoint of the next shims, which is reset however the test ends.
+struct Armed<'a> {
+    node: &'a Node,
+    /// Shims that it had killed before.
+    deaths: usize,
+}
+
+impl<'a> Armed<'a> {
+    fn after(node: &'a Node, steps: usize) -> Result<Self> {
+        node.set_failpoint(Some(steps))?;
+        Ok(Self { node, deaths: Self::deaths(node) })
+    }
+
+    /// What a shim says in containerd's log before it dies.
+    fn deaths(node: &Node) -> usize {
+        node.containerd_log().matches("killing on purpose").count()
+    }
+
+    fn has_struck(&self) -> bool {
+        Self::deaths(self.node) > self.deaths
+    }
+}
 
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
         // A test that fails has its own message.
-        let _ = self.0.set_failpoint(None);
+        let _ = self.node.set_failpoint(None);
     }
 }
 
 /// More steps than the record of any pod here has, with their undoing.
 const STEPS: usize = 150;
-/// What a shim says in containerd's log before it dies.
-const LAST_WORDS: &str = "killing on purpose";
 
 /// The shim dies after steps of its record in turn, as a thing is about to be made or was just undone, until a container
 /// gets through: each time containerd's clean-up finds all of it by the record alone.
-fn shim_dies_after(steps: impl Iterator<Item = usize>) -> Result<()> {
+#[test]
+fn a_shim_that_dies_at_any_stage_leaves_nothing() -> Result<()> {
     let node = Node::ready()?;
     let ctr = Ctr::new(&node);
     let before = Holdings::now()?;
-    let armed = Armed(&node);
-    for steps in steps {
-        node.set_failpoint(Some(steps))?;
-        let deaths = node.containerd_log().matches(LAST_WORDS).count();
+    for steps in (1..STEPS).step_by(4) {
+        let armed = Armed::after(&node, steps)?;
         let id = format!("shim-dies-{steps}");
         let said =
             ctr.try_run(&["run", "--rm", "--runtime", RUNTIME, BUSYBOX_IMAGE, &id, "echo", "through"])?;
@@ -57,18 +74,12 @@ fn shim_dies_after(steps: impl Iterator<Item = usize>) -> Result<()> {
         let _ = ctr.try_run(&["container", "delete", &id])?;
         before.assert_nothing_added().with_context(|| format!("after {steps} steps; {said:?}"))?;
         // The death of one that is about to end is no failure of the container's.
-        if node.containerd_log().matches(LAST_WORDS).count() == deaths {
+        if !armed.has_struck() {
             ensure!(said.stdout == "through\n" && steps > 20, "{said:?} after {steps} steps");
-            drop(armed);
             return Ok(());
         }
     }
     anyhow::bail!("it never gets through\n{}", node.containerd_log())
-}
-
-#[test]
-fn a_shim_that_dies_at_any_stage_leaves_nothing() -> Result<()> {
-    shim_dies_after((1..STEPS).step_by(4))
 }
 
 /// A pod with a network, a volume and two containers, one of which goes before the pod does.
@@ -91,16 +102,14 @@ async fn live(cri: &mut Cri, volume: &Path) -> Result<()> {
     cri.remove_pod(&pod).await
 }
 
-/// As [`shim_dies_after`], for all that a kubelet has made. Its pods are removed as it does that: until it succeeds.
+/// The same, at every step, for all that a kubelet has made. Its pods are removed as it does that: until it succeeds.
 #[tokio::test]
 #[ignore = "takes minutes"]
 async fn a_shim_that_dies_at_any_step_of_a_pods_life_leaves_nothing() -> Result<()> {
     let (node, mut cri, before) = cri::ready().await?;
     let volume = tempfile::tempdir_in("/var/tmp")?;
-    let armed = Armed(&node);
     for steps in 1..STEPS {
-        node.set_failpoint(Some(steps))?;
-        let deaths = node.containerd_log().matches(LAST_WORDS).count();
+        let armed = Armed::after(&node, steps)?;
         let lived = live(&mut cri, volume.path()).await;
         let deadline = Instant::now() + PATIENCE;
         for pod in cri.pods().await? {
@@ -114,10 +123,9 @@ async fn a_shim_that_dies_at_any_step_of_a_pods_life_leaves_nothing() -> Result<
             }
         }
         before.assert_nothing_added().with_context(|| format!("after {steps} steps; {lived:?}"))?;
-        if node.containerd_log().matches(LAST_WORDS).count() == deaths {
+        if !armed.has_struck() {
             lived.with_context(|| node.containerd_log())?;
             ensure!(steps > 40, "a pod of {steps} steps only");
-            drop(armed);
             return Ok(());
         }
     }
