@@ -25,7 +25,7 @@ static ARMED: OnceLock<Failpoint> = OnceLock::new();
 /// Has this process, which is a shim, look for it.
 pub(crate) fn arm() {
     if let Some(failpoint) = Failpoint::of_environment() {
-        ARMED.get_or_init(|| failpoint);
+        let _ = ARMED.set(failpoint);
     }
 }
 

@@ -102,6 +102,9 @@ pub enum ReplyFormat {
     Json,
 }
 
+/// What the address of a unix socket begins with, as a URI.
+pub const UNIX: &str = "unix://";
+
 /// The newest task API that the shim serves.
 pub const TASK_API_VERSION: u32 = 3;
 
@@ -140,7 +143,7 @@ impl ReplyFormat {
 /// Hashed, because a unix socket's path is limited to 107 bytes (unix(7)) while identifiers may be long.
 pub fn socket_path(directory: &Path, containerd: &str, namespace: &Id, pod: &Id) -> PathBuf {
     // Some calls have the address as a URI, and some as a path.
-    let containerd = containerd.strip_prefix("unix://").unwrap_or(containerd);
+    let containerd = containerd.strip_prefix(UNIX).unwrap_or(containerd);
     let mut hash = Sha256::new();
     // containerd's address may hold any byte but NUL, so NUL keeps the parts apart.
     for part in [containerd, namespace.as_str(), pod.as_str()] {

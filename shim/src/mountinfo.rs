@@ -20,6 +20,10 @@ pub struct Mount {
     pub root: PathBuf,
     /// Where.
     pub point: PathBuf,
+    /// The file system's type.
+    pub kind: String,
+    /// The file system's own options, with commas between them.
+    pub options: String,
 }
 
 /// Reads the table. Names in it need not be UTF-8.
@@ -41,7 +45,13 @@ impl Mount {
         let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
         let _parent = fields.next()?;
         let device = fields.next()?.to_owned();
-        Some(Mount { id, device, root: unescape(fields.next()?), point: unescape(fields.next()?) })
+        let (root, point) = (unescape(fields.next()?), unescape(fields.next()?));
+        // The mount's own options, and optional fields up to a hyphen.
+        let mut file_system = fields.skip_while(|field| *field != b"-").skip(1);
+        let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
+        let kind = text(file_system.next()?);
+        let _source = file_system.next()?;
+        Some(Mount { id, device, root, point, kind, options: text(file_system.next()?) })
     }
 }
 
@@ -73,7 +83,14 @@ mod tests {
     #[test]
     fn what_is_no_line_is_left_out() {
         let mounts: Vec<_> = parse(b"nonsense\n1 2\n\n7 1 0:50 /a\\040b /c rw - tmpfs none rw\n").collect();
-        let only = Mount { id: 7, device: b"0:50".to_vec(), root: "/a b".into(), point: "/c".into() };
+        let only = Mount {
+            id: 7,
+            device: b"0:50".to_vec(),
+            root: "/a b".into(),
+            point: "/c".into(),
+            kind: "tmpfs".into(),
+            options: "rw".into(),
+        };
         assert_eq!(mounts, [only]);
         assert!(parse(&read().unwrap()).any(|mount| mount.point == Path::new("/")));
     }

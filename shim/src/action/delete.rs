@@ -18,11 +18,11 @@ use std::time::{Duration, Instant, SystemTime};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 
-use super::start::{ADDRESS, URI};
+use super::start::ADDRESS;
 use super::{ActionError, SOCKETS, Subject, io_error};
 use crate::directory::{self, DirectoryError, PodDirectory};
 use crate::id::Id;
-use crate::invocation::{Invocation, socket_path};
+use crate::invocation::{Invocation, UNIX, socket_path};
 use crate::journal::{ProcessId, Resource};
 use crate::{pod::host::OWNER, wire};
 
@@ -72,7 +72,7 @@ pub fn undo(invocation: &Invocation) -> Result<Vec<u8>, ActionError> {
     }
     if first {
         let told = fs::read_to_string(subject.bundle.join(ADDRESS)).ok();
-        let socket = told.as_deref().and_then(|address| address.strip_prefix(URI)).map(PathBuf::from);
+        let socket = told.as_deref().and_then(|address| address.strip_prefix(UNIX)).map(PathBuf::from);
         let socket = socket.unwrap_or_else(|| {
             socket_path(Path::new(SOCKETS), &invocation.address, &subject.namespace, &pod)
         });

@@ -15,7 +15,7 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
 
 use super::{ActionError, SOCKETS, Subject, io_error};
-use crate::invocation::{Invocation, ReplyFormat, TASK_API_VERSION, socket_path};
+use crate::invocation::{Invocation, ReplyFormat, TASK_API_VERSION, UNIX, socket_path};
 use crate::oom_score;
 use crate::options::HandlerConfig;
 
@@ -28,8 +28,6 @@ const MAX_PARAMS: u64 = 4 << 20;
 /// In every container's bundle: where its shim listens. A containerd 1.7 that comes back finds its containers by this
 /// file, and takes one without it for dead.
 pub(super) const ADDRESS: &str = "address";
-/// What such an address begins with.
-pub(super) const URI: &str = "unix://";
 /// In the bundle: the handler's configuration, when containerd has it as text.
 const HANDLER_CONFIG: &str = "caisson.toml";
 
@@ -94,7 +92,7 @@ fn find_or_start(
     let subject = Subject::of(invocation)?;
     let (pod, first) = subject.pod()?;
     let socket = socket_path(sockets, &invocation.address, &subject.namespace, &pod);
-    let address = format!("{URI}{}", socket.display());
+    let address = format!("{UNIX}{}", socket.display());
     let note = subject.bundle.join(ADDRESS);
     fs::write(&note, &address).map_err(io_error(format!("write {note:?}")))?;
     if UnixStream::connect(&socket).is_ok() {

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::CgroupError;
+use crate::mountinfo::{self, Mount};
 
 /// Whether the node is one of version 2 to containerd, which asks no more than what is mounted here.
 pub fn is_unified() -> bool {
@@ -51,29 +52,25 @@ impl Layout {
     /// # Errors
     /// When none is mounted, or the mount table cannot be read.
     pub fn of_host() -> Result<Layout, CgroupError> {
-        let path = Path::new("/proc/thread-self/mountinfo");
-        let failed = |source| CgroupError::Io { action: "read", path: path.to_owned(), source };
-        Layout::parse(&fs::read_to_string(path).map_err(failed)?).ok_or(CgroupError::NoHierarchy)
+        let table = mountinfo::read().map_err(super::at("read", Path::new(mountinfo::PATH)))?;
+        Layout::of(mountinfo::parse(&table)).ok_or(CgroupError::NoHierarchy)
     }
 
-    /// Reads lines of proc_pid_mountinfo(5). Hierarchies that are mounted from below their root are somebody's view of
-    /// a part, and left out.
-    fn parse(mountinfo: &str) -> Option<Layout> {
+    /// Chooses among mounts. Hierarchies that are mounted from below their root are somebody's view of a part, and left
+    /// out.
+    fn of(mounts: impl Iterator<Item = Mount>) -> Option<Layout> {
         let mut hierarchies: Vec<Hierarchy> = Vec::new();
-        for line in mountinfo.lines() {
-            let Some((mount, file_system)) = line.split_once(" - ") else { continue };
-            let (mut mount, mut file_system) = (mount.split(' ').skip(3), file_system.split(' '));
-            let (Some("/"), Some(root)) = (mount.next(), mount.next()) else { continue };
-            let kind = match (file_system.next(), file_system.nth(1)) {
-                (Some("cgroup2"), _) => Kind::Unified,
-                (Some("cgroup"), Some(options)) => {
-                    let names = options.split(',').filter(|option| !OPTIONS.contains(option));
+        for mount in mounts.filter(|mount| mount.root == Path::new("/")) {
+            let kind = match mount.kind.as_str() {
+                "cgroup2" => Kind::Unified,
+                "cgroup" => {
+                    let names = mount.options.split(',').filter(|option| !OPTIONS.contains(option));
                     Kind::Controllers(names.filter(|name| !name.contains('/')).map(str::to_owned).collect())
                 }
                 _ => continue,
             };
             if hierarchies.iter().all(|known| known.kind != kind) {
-                hierarchies.push(Hierarchy { root: root.into(), kind });
+                hierarchies.push(Hierarchy { root: mount.point, kind });
             }
         }
         (!hierarchies.is_empty()).then_some(Layout { hierarchies })
@@ -121,16 +118,20 @@ mod tests {
         36 31 0:32 /docker/1 /other/memory rw - cgroup cgroup rw,memory\n\
         37 31 0:32 / /again/memory rw - cgroup cgroup rw,favordynmods,memory\n";
 
+    fn parsed(table: &str) -> Option<Layout> {
+        Layout::of(mountinfo::parse(table.as_bytes()))
+    }
+
     #[test]
     fn version_2_alone() {
-        let layout = Layout::parse(V2).unwrap();
+        let layout = parsed(V2).unwrap();
         assert!(layout.is_unified());
         assert_eq!(layout.unified().unwrap().root, Path::new("/sys/fs/cgroup"));
     }
 
     #[test]
     fn version_1_and_both() {
-        let layout = Layout::parse(V1).unwrap();
+        let layout = parsed(V1).unwrap();
         assert!(!layout.is_unified());
         let roots: Vec<_> =
             layout.hierarchies.iter().map(|hierarchy| hierarchy.root.to_str().unwrap()).collect();
@@ -144,7 +145,7 @@ mod tests {
 
     #[test]
     fn none_at_all() {
-        assert_eq!(Layout::parse("22 27 0:21 / /proc rw - proc proc rw\n nonsense"), None);
+        assert_eq!(parsed("22 27 0:21 / /proc rw - proc proc rw\n nonsense"), None);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use containerd_shim_protos::topics;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
+use crate::invocation::UNIX;
 use crate::streams::Stdio;
 use crate::wire;
 
@@ -192,10 +193,10 @@ impl Delivery {
 
 /// containerd names a plain path; ttrpc wants to know what kind of socket it is.
 fn socket_address(address: &str) -> String {
-    if address.is_empty() || address.starts_with("unix://") {
+    if address.is_empty() || address.starts_with(UNIX) {
         address.to_owned()
     } else {
-        format!("unix://{address}")
+        format!("{UNIX}{address}")
     }
 }
 

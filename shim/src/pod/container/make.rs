@@ -6,15 +6,15 @@ use caisson_protocol::client::with_deadline;
 use caisson_protocol::v1;
 use serde_json::Value;
 
-use super::super::disks;
-use super::super::error::PodError;
-use super::super::spec::{self, Bind, GuestSpec, Place};
-use super::super::volumes::StandIn;
 use super::{Container, LONG, NewContainer};
 use crate::bundle::Spec;
 use crate::id::Id;
 use crate::journal::Journal;
 use crate::phases::Phases;
+use crate::pod::disks;
+use crate::pod::error::PodError;
+use crate::pod::spec::{self, Bind, GuestSpec, Place};
+use crate::pod::volumes::StandIn;
 use crate::share::{Disk, Mount, Share};
 use crate::sizing::{Demand, Limits};
 
