@@ -10,6 +10,7 @@ use clap::Args;
 
 use crate::{
     host::Host,
+    products::Optimization,
     system::{Place, System},
     testbed::{Variant, exec},
 };
@@ -33,7 +34,7 @@ pub(crate) struct DemoArgs {
 /// # Errors
 /// When something can't be built, or the machine is lost.
 pub(crate) fn run(host: &Host, args: &DemoArgs) -> Result<ExitCode> {
-    let system = System::build(host)?;
+    let system = System::build(host, Optimization::Quick)?;
     let scratch = host.cache.scratch()?;
     let place = Place { variant: (!args.direct).then_some(args.variant), scratch: scratch.path() };
     let pods = place.path(host, &system.products.join("pods"))?;

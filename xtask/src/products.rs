@@ -25,64 +25,87 @@ const STATIC_FLAGS: &str =
 /// With frame pointers the agent's tables for unwinding need not tell of every push.
 const AGENT_FLAGS: &str = "-C force-frame-pointers=yes";
 
-/// The directory that [`build`] fills.
-pub(crate) fn directory(host: &Host) -> PathBuf {
-    host.target.join("xtask/bin")
+/// How the binaries are optimized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Optimization {
+    /// As they are shipped: each program as a whole. What is said of size and speed is said of these.
+    Shipped,
+    /// With the shipped `opt-level`s, but crate by crate: built in a fraction of the time.
+    Quick,
+}
+
+impl Optimization {
+    /// The cargo profile of a program whose shipped profile has this name.
+    fn profile(self, shipped: &str) -> String {
+        match (self, shipped) {
+            (Self::Shipped, _) => shipped.to_owned(),
+            (Self::Quick, "release") => "quick".to_owned(),
+            (Self::Quick, _) => format!("{shipped}-quick"),
+        }
+    }
+
+    /// The directory that [`build`] fills.
+    fn directory(self, host: &Host) -> PathBuf {
+        host.target.join(match self {
+            Self::Shipped => "xtask/bin",
+            Self::Quick => "xtask/bin-quick",
+        })
+    }
 }
 
 /// Builds every binary of ours that the workspace has, and returns the directory that they are in.
 ///
 /// # Errors
 /// When one does not build.
-pub(crate) fn build(host: &Host) -> Result<PathBuf> {
-    let output = directory(host);
+pub(crate) fn build(host: &Host, optimization: Optimization) -> Result<PathBuf> {
+    let output = optimization.directory(host);
     fs::create_dir_all(&output).context("creating the directory of products")?;
     // The agent has a target and a profile of its own, and so shares nothing with the rest that it would wait for.
     // The end of each build, which optimizes a whole program, keeps one processor busy: two go on side by side.
     thread::scope(|scope| {
-        let rest = scope.spawn(|| release(host, &output));
-        keep(&agent(host)?, &output)?;
-        keep(&shim(host)?, &output)?;
+        let rest = scope.spawn(|| release(host, optimization, &output));
+        keep(&agent(host, optimization)?, &output)?;
+        keep(&shim(host, optimization)?, &output)?;
         rest.join().map_err(|_| anyhow!("the thread that builds panicked"))?
     })?;
     Ok(output)
 }
 
 /// Builds the shim.
-fn shim(host: &Host) -> Result<PathBuf> {
-    static_program(host, "shim", STATIC_FLAGS, "containerd-shim-caisson-v2")
+fn shim(host: &Host, optimization: Optimization) -> Result<PathBuf> {
+    static_program(host, ("shim", optimization), STATIC_FLAGS, "containerd-shim-caisson-v2")
 }
 
 /// Builds the agent.
-fn agent(host: &Host) -> Result<PathBuf> {
-    static_program(host, "agent", &format!("{STATIC_FLAGS} {AGENT_FLAGS}"), "caisson-agent")
+fn agent(host: &Host, optimization: Optimization) -> Result<PathBuf> {
+    let flags = format!("{STATIC_FLAGS} {AGENT_FLAGS}");
+    static_program(host, ("agent", optimization), &flags, "caisson-agent")
 }
 
-/// Builds the program of the package `caisson-PROFILE` with the profile of that name.
-fn static_program(host: &Host, profile: &str, flags: &str, program: &str) -> Result<PathBuf> {
+/// Builds the program of the package `caisson-NAME` with the profile that is named after it.
+fn static_program(
+    host: &Host,
+    (name, optimization): (&str, Optimization),
+    flags: &str,
+    program: &str,
+) -> Result<PathBuf> {
+    let profile = optimization.profile(name);
     let mut build = cargo();
-    build.args([
-        "build",
-        "--profile",
-        profile,
-        "--package",
-        &format!("caisson-{profile}"),
-        "--target",
-        TARGET,
-    ]);
+    build.args(["build", "--profile", &profile, "--package", &format!("caisson-{name}"), "--target", TARGET]);
     build.env("RUSTFLAGS", flags).current_dir(&host.workspace);
     proc::run(&mut build)?;
     Ok(host.target.join(TARGET).join(profile).join(program))
 }
 
 /// Builds what else runs on the host.
-fn release(host: &Host, output: &Path) -> Result<()> {
+fn release(host: &Host, optimization: Optimization, output: &Path) -> Result<()> {
+    let profile = optimization.profile("release");
     for (package, binary) in [("caisson-vmm", "caisson-vmm"), ("caisson-cli", "caisson")] {
         if has_binary(host, binary)? {
-            proc::run(
-                cargo().args(["build", "--release", "--package", package]).current_dir(&host.workspace),
-            )?;
-            keep(&host.products("release").join(binary), output)?;
+            let mut build = cargo();
+            build.args(["build", "--profile", &profile, "--package", package]);
+            proc::run(build.current_dir(&host.workspace))?;
+            keep(&host.products(&profile).join(binary), output)?;
         }
     }
     Ok(())

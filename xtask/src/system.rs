@@ -8,7 +8,8 @@ use crate::{
     host::{Host, cargo},
     images, initramfs,
     kernel::{self, KernelArgs},
-    proc, products,
+    proc,
+    products::{self, Optimization},
     testbed::{
         MachineArgs, Variant,
         exec::{self, ExecArgs},
@@ -53,10 +54,10 @@ impl System {
     ///
     /// # Errors
     /// When something can't be built.
-    pub(crate) fn build(host: &Host) -> Result<Self> {
+    pub(crate) fn build(host: &Host, optimization: Optimization) -> Result<Self> {
         let kernel = kernel::build(host, KernelArgs::default())?;
         let images = images::build(host)?;
-        let products = products::build(host)?;
+        let products = products::build(host, optimization)?;
         let initramfs = initramfs::build(host, &products.join("caisson-agent"))?;
         runners(host, &products)?;
         Ok(Self { products, kernel, initramfs, images })

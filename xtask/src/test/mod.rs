@@ -17,7 +17,8 @@ use crate::{
     host::{Host, cargo},
     images, initramfs,
     kernel::{self, KernelArgs},
-    proc, products,
+    proc,
+    products::{self, Optimization},
     steps::Steps,
     suites,
     system::{self, Place, System},
@@ -119,9 +120,11 @@ fn checks(host: &Host, args: &TestArgs, steps: &mut Steps) {
 
 /// Makes what the whole-system tests need, and them.
 fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<(System, Packed)> {
+    // Some of the soaks are about size and speed.
+    let optimization = if args.soak { Optimization::Shipped } else { Optimization::Quick };
     let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
     let images = steps.run("images", || images(host, args))?;
-    let products = steps.run("release builds", || products::build(host))?;
+    let products = steps.run("release builds", || products::build(host, optimization))?;
     steps.run("file system suites", || suites::build(host, &products))?;
     let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
     let tests = steps.run("building the whole-system tests", || whole_system_tests(host, &products))?;
