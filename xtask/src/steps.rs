@@ -10,6 +10,7 @@ use crate::proc::clock;
 #[derive(Debug, Default)]
 pub(crate) struct Steps {
     done: Vec<Step>,
+    notes: String,
 }
 
 #[derive(Debug)]
@@ -34,12 +35,17 @@ impl Steps {
         result.ok()
     }
 
-    /// Prints a line per step.
+    /// Adds text that is printed before the lines of the steps.
+    pub(crate) fn note(&mut self, text: &str) {
+        self.notes.push_str(text);
+    }
+
+    /// Prints the notes, and a line per step.
     ///
     /// # Errors
     /// When a step failed.
     pub(crate) fn finish(self) -> Result<()> {
-        eprintln!("\n{}", self.summary());
+        eprintln!("\n{}\n{}", self.notes, self.summary());
         let failed: Vec<&str> =
             self.done.iter().filter(|step| step.failure.is_some()).map(|step| step.name.as_str()).collect();
         if failed.is_empty() {

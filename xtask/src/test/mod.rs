@@ -1,13 +1,15 @@
 //! `cargo xtask test`: everything that must hold before a change is merged.
 
+mod deal;
+mod durations;
+mod machines;
 mod outcome;
 mod packed;
 
 use std::{
-    env, fs, io,
+    env, fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
-    sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -22,15 +24,12 @@ use crate::{
     steps::Steps,
     suites,
     system::{self, Place, System},
-    testbed::{Variant, boot::Lost, exec},
+    testbed::{Variant, exec},
 };
-use outcome::Outcomes;
+use outcome::Test;
 use packed::Packed;
 
-/// How often a variant's tests may lose the emulated machine that they run on, and go on in another.
-const LOSSES: usize = 2;
-
-/// How long one variant's whole-system tests may take on one machine, in seconds.
+/// How long the whole-system tests of one variant may take on one machine, in seconds.
 const E2E_LIMIT: u64 = 60 * 60;
 
 /// The same for the soaks.
@@ -61,6 +60,9 @@ pub(crate) struct TestArgs {
     /// Run the whole-system tests on this host, whose KVM must have hardware virtualization.
     #[arg(long, conflicts_with = "variant")]
     direct: bool,
+    /// So many emulated machines side by side; as many as there are processors, and memory for them, if not said.
+    #[arg(long, conflicts_with = "direct", value_parser = clap::value_parser!(u8).range(1..))]
+    machines: Option<u8>,
     /// Only the tests that this nextest filter selects.
     #[arg(short = 'E', long = "filter", value_name = "FILTER")]
     filter: Option<String>,
@@ -70,6 +72,12 @@ pub(crate) struct TestArgs {
     /// Take the container images from this directory, below the target or cache directory, instead of making them.
     #[arg(long, env = "CAISSON_IMAGES")]
     images: Option<PathBuf>,
+}
+
+/// What the whole-system tests need, and they themselves.
+struct Built {
+    system: System,
+    tests: Packed,
 }
 
 /// Runs the tests and prints where the time went.
@@ -83,16 +91,12 @@ pub(crate) fn run(host: &Host, args: &TestArgs) -> Result<ExitCode> {
         checks(host, args, &mut steps);
     }
     if !args.unit
-        && let Some((system, tests)) = build(host, args, &mut steps)
+        && let Some(built) = build(host, args, &mut steps)
     {
         if args.direct {
-            steps.run("e2e on this host", || end_to_end(host, args, (&system, &tests), None));
-        }
-        let variants =
-            Variant::ALL.into_iter().filter(|each| args.variant.is_none_or(|wanted| wanted == *each));
-        for variant in variants.filter(|_| !args.direct) {
-            let name = format!("e2e in the testbed ({})", variant.name());
-            steps.run(&name, || end_to_end(host, args, (&system, &tests), Some(variant)));
+            steps.run("e2e on this host", || on_this_host(host, args, &built));
+        } else {
+            in_the_testbed(host, args, &built, &mut steps);
         }
         if !args.direct && !args.soak {
             steps.run("killed commands", || killed_commands(host, args));
@@ -119,7 +123,7 @@ fn checks(host: &Host, args: &TestArgs, steps: &mut Steps) {
 }
 
 /// Makes what the whole-system tests need, and them.
-fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<(System, Packed)> {
+fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<Built> {
     // Some of the soaks are about size and speed.
     let optimization = if args.soak { Optimization::Shipped } else { Optimization::Quick };
     let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
@@ -128,7 +132,7 @@ fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<(System, Pac
     steps.run("file system suites", || suites::build(host, &products))?;
     let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
     let tests = steps.run("building the whole-system tests", || whole_system_tests(host, &products))?;
-    Some((System { products, kernel, initramfs, images }, tests))
+    Some(Built { system: System { products, kernel, initramfs, images }, tests })
 }
 
 fn images(host: &Host, args: &TestArgs) -> Result<PathBuf> {
@@ -147,38 +151,40 @@ fn whole_system_tests(host: &Host, products: &Path) -> Result<Packed> {
     Ok(tests)
 }
 
-/// Runs the packed tests in the testbed, or on this host.
-///
-/// An emulated machine may be lost under the tests through no fault of theirs. That is said, with what the machine was
-/// at, and those that had not ended run in another; a test that has failed stays failed.
-fn end_to_end(
-    host: &Host,
-    args: &TestArgs,
-    (system, tests): (&System, &Packed),
-    variant: Option<Variant>,
-) -> Result<()> {
-    let asked = filter(args, variant);
-    let scratch = host.cache.scratch()?;
-    let place = Place { variant, scratch: scratch.path() };
-    let outcomes = Arc::new(Mutex::new(Outcomes::new(io::stderr())));
-    let seen = || outcomes.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut wanted = asked.clone();
-    for losses in 0.. {
-        let nextest = nextest_in(host, args, (system, tests), &place, wanted.as_deref())?;
-        let mut request = system.beside_containerd(host, &place, nextest)?;
-        request.timeout = Some(if args.soak { SOAK_LIMIT } else { E2E_LIMIT });
-        match exec::exec(host, &request, outcomes.clone()) {
-            Ok(code) => {
-                ensure!(code == ExitCode::SUCCESS && seen().failures() == 0, "the whole-system tests failed");
-                break;
-            }
-            Err(error) if error.is::<Lost>() && losses < LOSSES => {
-                eprintln!("==> {error}\n==> LOST the machine under the tests; the rest run in another");
-                wanted = Some(seen().rest(asked.as_deref()));
-            }
-            Err(error) => return Err(error),
+/// Runs the packed tests in the testbed.
+fn in_the_testbed(host: &Host, args: &TestArgs, built: &Built, steps: &mut Steps) {
+    let mut report = String::new();
+    steps.run("e2e in the testbed", || {
+        let tests = selected(host, args, built)?;
+        if tests.is_empty() {
+            // A filter may mean unit tests; where nothing else runs, it is a mistake.
+            ensure!(!args.e2e && !args.soak, "the filter selects no whole-system test");
+            eprintln!("==> the filter selects no whole-system test");
+            return Ok(());
         }
+        machines::run(host, args, built, tests, &mut report)
+    });
+    steps.note(&report);
+}
+
+/// The tests to run in the testbed, and on which variants.
+fn selected(host: &Host, args: &TestArgs, built: &Built) -> Result<Vec<(Variant, Test)>> {
+    let mut selected = Vec::new();
+    for variant in Variant::ALL.into_iter().filter(|each| args.variant.is_none_or(|wanted| wanted == *each)) {
+        let tests = built.tests.list(host, filter(args, variant).as_deref(), args.soak)?;
+        selected.extend(tests.into_iter().map(|test| (variant, test)));
     }
+    Ok(selected)
+}
+
+/// Runs the packed tests on this host.
+fn on_this_host(host: &Host, args: &TestArgs, built: &Built) -> Result<()> {
+    let scratch = host.cache.scratch()?;
+    let place = Place { variant: None, scratch: scratch.path() };
+    let nextest = nextest_in(host, args, built, &place, args.filter.as_deref())?;
+    let request = built.system.beside_containerd(host, &place, nextest)?;
+    let code = exec::exec(host, &request, exec::standard_error())?;
+    ensure!(code == ExitCode::SUCCESS, "the whole-system tests failed");
     Ok(())
 }
 
@@ -186,7 +192,7 @@ fn end_to_end(
 fn nextest_in(
     host: &Host,
     args: &TestArgs,
-    (system, tests): (&System, &Packed),
+    Built { system, tests }: &Built,
     place: &Place<'_>,
     wanted: Option<&str>,
 ) -> Result<Vec<String>> {
@@ -206,11 +212,11 @@ fn nextest_in(
 
 /// The tests to run on a variant: all on the first, and on another those that the difference is to be seen in. Soaks have
 /// all the time that they need on both of containerd's versions.
-fn filter(args: &TestArgs, variant: Option<Variant>) -> Option<String> {
+fn filter(args: &TestArgs, variant: Variant) -> Option<String> {
     match (&args.filter, variant) {
         (Some(asked), _) => Some(asked.clone()),
-        (None, Some(Variant::Sid)) if !args.soak => Some(WITH_CONTAINERD.to_owned()),
-        (None, Some(Variant::Oldest)) => Some(ON_THE_OLDEST.to_owned()),
+        (None, Variant::Sid) if !args.soak => Some(WITH_CONTAINERD.to_owned()),
+        (None, Variant::Oldest) => Some(ON_THE_OLDEST.to_owned()),
         (None, _) => None,
     }
 }

@@ -1,55 +1,70 @@
 //! Which tests have ended, read from what nextest says while they run.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     io::{self, Write},
+    time::Duration,
 };
 
-/// Passes on what nextest says, and remembers how each test ended.
+/// Passes on what nextest says, each line behind the name of the machine, and remembers how each test ended.
 #[derive(Debug)]
 pub(super) struct Outcomes<W> {
     to: W,
+    name: String,
     line: Vec<u8>,
-    passed: BTreeSet<Test>,
-    failed: BTreeSet<Test>,
+    ended: BTreeMap<Test, Outcome>,
 }
 
 /// A test, as nextest names it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Test {
-    binary: String,
-    name: String,
+    /// The identifier of its binary.
+    pub(super) binary: String,
+    /// Its name in there.
+    pub(super) name: String,
+}
+
+impl Test {
+    /// Both in one word.
+    pub(super) fn id(&self) -> String {
+        format!("{} {}", self.binary, self.name)
+    }
+}
+
+/// How a test ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Outcome {
+    /// Whether it passed, at the first try or at a later one.
+    pub(super) passed: bool,
+    /// How long that try took.
+    pub(super) took: Duration,
 }
 
 impl<W: Write> Outcomes<W> {
-    /// Nothing has ended yet.
-    pub(super) fn new(to: W) -> Self {
-        Self { to, line: Vec::new(), passed: BTreeSet::new(), failed: BTreeSet::new() }
+    /// Nothing has ended yet on the machine of this name.
+    pub(super) fn new(to: W, name: String) -> Self {
+        Self { to, name, line: Vec::new(), ended: BTreeMap::new() }
+    }
+
+    /// Every test that has ended so far.
+    pub(super) fn ended(&self) -> &BTreeMap<Test, Outcome> {
+        &self.ended
     }
 
     /// How many tests have not passed.
     pub(super) fn failures(&self) -> usize {
-        self.failed.len()
+        self.ended.values().filter(|outcome| !outcome.passed).count()
     }
 
-    /// A nextest filter for the tests of `filter` that have not ended.
-    pub(super) fn rest(&self, filter: Option<&str>) -> String {
-        let ended = self.passed.union(&self.failed);
-        let mut rest = format!("({})", filter.unwrap_or("all()"));
-        for Test { binary, name } in ended {
-            rest.push_str(&format!(" - (binary_id(={binary}) & test(={name}))"));
-        }
-        rest
-    }
-
-    fn note(&mut self) {
+    fn end_of_line(&mut self) -> io::Result<()> {
         let line = String::from_utf8_lossy(&self.line);
-        match parse(&line) {
-            Some((true, test)) => self.passed.insert(test),
-            Some((false, test)) => self.failed.insert(test),
-            None => false,
-        };
+        if let Some((test, outcome)) = parse(&line) {
+            self.ended.insert(test, outcome);
+        }
+        let passed_on = format!("[{}] {line}\n", self.name);
         self.line.clear();
+        // In one piece: other machines write to the same place.
+        self.to.write_all(passed_on.as_bytes())
     }
 }
 
@@ -57,12 +72,11 @@ impl<W: Write> Write for Outcomes<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for byte in bytes {
             if *byte == b'\n' {
-                self.note();
+                self.end_of_line()?;
             } else {
                 self.line.push(*byte);
             }
         }
-        self.to.write_all(bytes)?;
         Ok(bytes.len())
     }
 
@@ -74,9 +88,9 @@ impl<W: Write> Write for Outcomes<W> {
 /// How often a whole-system test is tried: once, and by the retries of nextest's profile `e2e`.
 const TRIES: &str = "2";
 
-/// Whether a test passed, and which, from a line like `PASS [   0.400s] ( 1/90) crate::binary module::test`, or
+/// A test and how it ended, from a line like `PASS [   0.400s] ( 1/90) crate::binary module::test`, or
 /// `TRY 2 PASS [ …` for one that is tried more than once.
-fn parse(line: &str) -> Option<(bool, Test)> {
+fn parse(line: &str) -> Option<(Test, Outcome)> {
     let (status, rest) = line.trim_start().split_once(" [")?;
     let (tries, status) =
         status.strip_prefix("TRY ").map_or(Some((TRIES, status)), |attempt| attempt.split_once(' '))?;
@@ -88,46 +102,61 @@ fn parse(line: &str) -> Option<(bool, Test)> {
         other if other.starts_with("SIG") => false,
         _ => return None,
     };
+    let (seconds, rest) = rest.split_once("s]")?;
+    let took = Duration::try_from_secs_f64(seconds.trim().parse().ok()?).ok()?;
     let (_, rest) = rest.split_once(") ")?;
     let (binary, name) = rest.trim_end().split_once(' ')?;
-    Some((passed, Test { binary: binary.to_owned(), name: name.to_owned() }))
+    Some((Test { binary: binary.to_owned(), name: name.to_owned() }, Outcome { passed, took }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_has_ended_is_not_run_again() {
-        let mut outcomes = Outcomes::new(Vec::new());
-        let said = "     Starting 3 tests across 2 binaries\n        PASS [   0.400s] ( 1/90) a::b one::two\n        \
-                    SLOW [>120.000s] (-----) a::c three\n     TIMEOUT [ 480.001s] (50/90) a::c three\n    SIGSEGV [   \
-                    1.0s] ( 3/90) a::d four\n        PASS [   0.4";
-        for part in said.as_bytes().chunks(7) {
+    fn said(text: &str) -> Outcomes<Vec<u8>> {
+        let mut outcomes = Outcomes::new(Vec::new(), "sid".to_owned());
+        for part in text.as_bytes().chunks(7) {
             outcomes.write_all(part).unwrap();
         }
-        assert_eq!(outcomes.to, said.as_bytes());
-        assert_eq!(outcomes.failures(), 2);
-        assert_eq!(
-            outcomes.rest(Some("test(x) | test(y)")),
-            "(test(x) | test(y)) - (binary_id(=a::b) & test(=one::two)) - (binary_id(=a::c) & test(=three)) - \
-             (binary_id(=a::d) & test(=four))"
+        outcomes
+    }
+
+    #[test]
+    fn outcomes_are_those_of_complete_lines() {
+        let outcomes = said(
+            "     Starting 3 tests across 2 binaries\n        PASS [   0.400s] ( 1/90) a::b one::two\n        \
+             SLOW [>120.000s] (-----) a::c three\n     TIMEOUT [ 480.001s] (50/90) a::c three\n    SIGSEGV [   \
+             1.0s] ( 3/90) a::d four\n        PASS [   0.4",
         );
+        let ended: Vec<_> = outcomes
+            .ended()
+            .iter()
+            .map(|(test, outcome)| (test.id(), outcome.passed, outcome.took.as_millis()))
+            .collect();
+        assert_eq!(
+            ended,
+            [
+                ("a::b one::two".to_owned(), true, 400),
+                ("a::c three".to_owned(), false, 480_001),
+                ("a::d four".to_owned(), false, 1000)
+            ]
+        );
+        assert_eq!(outcomes.failures(), 2);
+        let passed_on = String::from_utf8(outcomes.to).unwrap();
+        assert!(
+            passed_on.starts_with("[sid]      Starting 3 tests across 2 binaries\n[sid]  "),
+            "{passed_on}"
+        );
+        assert!(passed_on.ends_with("( 3/90) a::d four\n"), "{passed_on}");
     }
 
     #[test]
-    fn only_the_last_try_counts() {
-        let mut outcomes = Outcomes::new(io::sink());
-        let said = "  TRY 1 FAIL [   1.0s] ( 1/90) a::b one\n  TRY 2 PASS [   1.0s] ( 1/90) a::b one\n  TRY 1 FAIL [   \
-                    1.0s] ( 2/90) a::b two\n  TRY 2 FAIL [   1.0s] ( 2/90) a::b two\n  TRY 1 FAIL [   1.0s] ( 3/90) a::b three\n";
-        outcomes.write_all(said.as_bytes()).unwrap();
+    fn outcomes_are_those_of_the_last_try() {
+        let outcomes = said(
+            "  TRY 1 FAIL [   1.0s] ( 1/90) a::b one\n  TRY 2 PASS [   1.0s] ( 1/90) a::b one\n  TRY 1 FAIL [   \
+             1.0s] ( 2/90) a::b two\n  TRY 2 FAIL [   1.0s] ( 2/90) a::b two\n  TRY 1 FAIL [   1.0s] ( 3/90) a::b three\n",
+        );
         assert_eq!(outcomes.failures(), 1);
-        assert_eq!(outcomes.passed.len(), 1);
-        assert!(!outcomes.rest(None).contains("three"));
-    }
-
-    #[test]
-    fn without_a_filter_all_are_meant() {
-        assert_eq!(Outcomes::new(io::sink()).rest(None), "(all())");
+        assert_eq!(outcomes.ended().len(), 2);
     }
 }

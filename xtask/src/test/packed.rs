@@ -1,14 +1,17 @@
 //! The whole-system tests, built and put aside so that they can run on another machine.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::Stdio,
 };
 
 use anyhow::{Context, Result};
+use serde::Deserialize;
 use serde_json::Value;
 
+use super::outcome::Test;
 use crate::{
     host::{Host, cargo},
     proc,
@@ -65,6 +68,27 @@ impl Packed {
         .collect()
     }
 
+    /// The tests that a filter selects: those of the normal runs, or the soaks alone.
+    ///
+    /// # Errors
+    /// When nextest does not understand the filter, or a binary does not list its tests.
+    pub(super) fn list(&self, host: &Host, filter: Option<&str>, soak: bool) -> Result<Vec<Test>> {
+        let mut list = cargo();
+        list.args(["nextest", "list", "--message-format", "json"]);
+        list.arg("--binaries-metadata").arg(self.binaries()).arg("--cargo-metadata").arg(self.metadata());
+        list.arg("--target-dir-remap").arg(&self.0);
+        if let Some(filter) = filter {
+            list.args(["-E", filter]);
+        }
+        if soak {
+            list.arg("--run-ignored=only");
+        }
+        list.current_dir(&host.workspace).stderr(Stdio::inherit());
+        let listed: Listed =
+            serde_json::from_str(&proc::output(&mut list)?).context("parsing nextest's list of tests")?;
+        Ok(listed.tests())
+    }
+
     fn binaries(&self) -> PathBuf {
         self.0.join("binaries.json")
     }
@@ -83,6 +107,45 @@ impl Packed {
     }
 }
 
+/// nextest's list of tests, as far as it is needed
+/// (<https://docs.rs/nextest-metadata>, `TestListSummary`).
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Listed {
+    rust_suites: BTreeMap<String, Suite>,
+}
+
+/// A binary.
+#[derive(Debug, Deserialize)]
+struct Suite {
+    testcases: BTreeMap<String, Case>,
+}
+
+/// A test.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Case {
+    filter_match: Match,
+}
+
+/// Whether the filter selects it.
+#[derive(Debug, Deserialize)]
+struct Match {
+    status: String,
+}
+
+impl Listed {
+    /// The selected tests.
+    fn tests(self) -> Vec<Test> {
+        let of = |(binary, suite): (String, Suite)| {
+            let selected =
+                suite.testcases.into_iter().filter(|(_, case)| case.filter_match.status == "matches");
+            selected.map(move |(name, _)| Test { binary: binary.clone(), name }).collect::<Vec<_>>()
+        };
+        self.rust_suites.into_iter().flat_map(of).collect()
+    }
+}
+
 /// The paths of the tests and of the other binaries of their package.
 fn paths(list: &Value) -> impl Iterator<Item = &str> {
     let tests = list["rust-binaries"].as_object().into_iter().flat_map(|tests| tests.values());
@@ -97,6 +160,21 @@ fn paths(list: &Value) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn listed_tests_are_those_that_the_filter_selects() {
+        let case =
+            |status: &str| serde_json::json!({ "ignored": false, "filter-match": { "status": status } });
+        let listed: Listed = serde_json::from_value(serde_json::json!({
+            "test-count": 2,
+            "rust-suites": {
+                "e2e::a": { "status": "listed", "testcases": { "x": case("matches"), "y": case("mismatch") } },
+                "e2e::b": { "status": "skipped", "testcases": {} },
+            },
+        }))
+        .unwrap();
+        assert_eq!(listed.tests(), [Test { binary: "e2e::a".to_owned(), name: "x".to_owned() }]);
+    }
 
     #[test]
     fn tests_and_what_they_start_are_taken() {

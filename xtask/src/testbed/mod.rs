@@ -40,7 +40,7 @@ pub(crate) enum TestbedCommand {
 }
 
 /// What the testbed is made of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Variant {
     /// Debian 13, with containerd 1.7.
     #[default]
