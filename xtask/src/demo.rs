@@ -13,6 +13,7 @@ use crate::{
     products::Optimization,
     system::{Place, System},
     testbed::{Variant, exec},
+    tools::{self, Need},
 };
 
 /// How long it may take once everything is built, in seconds.
@@ -34,6 +35,7 @@ pub(crate) struct DemoArgs {
 /// # Errors
 /// When something can't be built, or the machine is lost.
 pub(crate) fn run(host: &Host, args: &DemoArgs) -> Result<ExitCode> {
+    tools::require(&Need::PODS)?;
     let system = System::build(host, Optimization::Quick)?;
     let scratch = host.cache.scratch()?;
     let place = Place { variant: (!args.direct).then_some(args.variant), scratch: scratch.path() };

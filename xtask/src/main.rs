@@ -16,6 +16,7 @@
 //! | [`host`] | where the workspace, the target directory and the cache are |
 //! | [`cache`] | entries named by the hash of what they are made from, atomic and safe against being killed |
 //! | [`apt`] | the host's missing packages, and packages of other suites without touching the host |
+//! | [`tools`] | the programs that the host must have, and their packages |
 //! | [`proc`] | child processes that end with xtask |
 
 mod apt;
@@ -34,6 +35,7 @@ mod suites;
 mod system;
 mod test;
 mod testbed;
+mod tools;
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -8,11 +8,11 @@ use std::{
 use anyhow::{Context, Result};
 
 use crate::{
-    apt,
     cache::Key,
     host::{Host, cargo},
     proc,
     products::{self, TARGET},
+    tools::{self, Need},
 };
 
 /// On crates.io: what each is called, its version and its program.
@@ -22,9 +22,6 @@ const SUITES: [(&str, &str); 2] = [
     // Random reads and writes, through mappings and otherwise, of one file.
     ("fsx", "0.3.2"),
 ];
-
-/// What they are linked with.
-const PACKAGES: [&str; 1] = ["libacl1-dev"];
 
 /// Builds the suites, and puts their programs into the directory of products.
 ///
@@ -37,7 +34,7 @@ pub(crate) fn build(host: &Host, products: &Path) -> Result<()> {
 }
 
 fn install(root: &Path) -> Result<()> {
-    apt::require(&PACKAGES)?;
+    tools::require(&[Need::Suites])?;
     let target: PathBuf = root.join("target");
     for (name, version) in SUITES {
         eprintln!("==> cargo install {name}@{version}");

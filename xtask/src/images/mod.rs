@@ -27,6 +27,7 @@ use crate::{
     cache::Key,
     host::Host,
     proc,
+    tools::{self, Need},
 };
 
 /// What goes into the servers' image on top of a minimal Debian.
@@ -52,7 +53,7 @@ const EPOCH: u64 = 1_767_225_600; // 2026-01-01
 /// # Errors
 /// When a tool is missing, or an archive can't be made.
 pub(crate) fn build(host: &Host) -> Result<PathBuf> {
-    apt::require(&["mmdebstrap", "debian-archive-keyring"])?;
+    tools::require(&[Need::Images])?;
     let mirror = apt::mirror()?;
     let source = Source { mirror: &mirror, suite: Suite::Trixie.name() };
     host.cache.entry("images", &Key::new("images-1").with(source.inputs()), |output| {

@@ -19,10 +19,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::{
-    apt::{self, PrivateApt, Suite},
+    apt::{PrivateApt, Suite},
     cache::Key,
     host::Host,
     proc,
+    tools::{self, Need},
 };
 use fragment::Fragment;
 
@@ -34,10 +35,6 @@ const FRAGMENTS: [&str; 3] = ["base.config", "virtio.config", "container.config"
 
 /// The fragment for those who debug the kernel.
 const DEBUG_FRAGMENT: &str = "debug.config";
-
-/// What a build needs on the host.
-const TOOLS: [&str; 9] =
-    ["gcc", "make", "flex", "bison", "bc", "libelf-dev", "xz-utils", "binutils", "patch"];
 
 /// Options of `cargo xtask kernel`.
 #[derive(Args, Clone, Copy, Debug, Default)]
@@ -56,7 +53,7 @@ pub(crate) fn build(host: &Host, args: KernelArgs) -> Result<PathBuf> {
     let directory = host.workspace.join("guest-kernel-config");
     let fragments = names.map(|name| Fragment::read(&directory.join(name))).collect::<Result<Vec<_>>>()?;
 
-    apt::require(&TOOLS)?;
+    tools::require(&[Need::GuestKernel])?;
     let apt = PrivateApt::open(&host.cache, Suite::Trixie)?;
     let version = apt.version(SOURCE)?;
     let compiler = proc::output(Command::new("gcc").arg("--version"))?;

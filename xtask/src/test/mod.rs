@@ -25,6 +25,7 @@ use crate::{
     suites,
     system::{self, Place, System},
     testbed::{Variant, exec},
+    tools::{self, Need},
 };
 use outcome::Test;
 use packed::Packed;
@@ -86,7 +87,7 @@ struct Built {
 /// When something did not pass.
 pub(crate) fn run(host: &Host, args: &TestArgs) -> Result<ExitCode> {
     let mut steps = Steps::default();
-    steps.run("tools", require_nextest);
+    steps.run("tools", || required(args));
     if !args.e2e && !args.soak {
         checks(host, args, &mut steps);
     }
@@ -231,13 +232,35 @@ fn killed_commands(host: &Host, args: &TestArgs) -> Result<()> {
     proc::run(nextest.current_dir(&host.workspace))
 }
 
+/// Makes sure that all is there that the steps start, before the first of them.
+fn required(args: &TestArgs) -> Result<()> {
+    let mut needs = Vec::new();
+    if !args.e2e && !args.soak {
+        needs.push(Need::UnitTests);
+    }
+    if !args.unit {
+        needs.extend(Need::WHOLE_SYSTEM_TESTS);
+    }
+    tools::require(&needs)?;
+    require_nextest()
+}
+
 /// Makes sure that nextest is there.
 fn require_nextest() -> Result<()> {
     if nextest().is_some() {
         return Ok(());
     }
-    eprintln!("==> cargo install cargo-nextest --locked");
-    proc::run(cargo().args(["install", "cargo-nextest", "--locked"]))
+    // Without its own updates, which would bring a TLS stack along.
+    let words =
+        ["install", "cargo-nextest", "--locked", "--no-default-features", "--features=default-no-update"];
+    eprintln!("==> cargo {}", words.join(" "));
+    // Built crate by crate: its tests' time is not its own.
+    let mut install = cargo();
+    install
+        .args(words)
+        .env("CARGO_PROFILE_RELEASE_LTO", "off")
+        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
+    proc::run(&mut install)
 }
 
 /// Where `cargo-nextest` is.

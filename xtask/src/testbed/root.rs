@@ -11,15 +11,13 @@ use nix::sys::signal::Signal;
 
 use super::{Variant, qemu::Qemu};
 use crate::{
-    apt::{self, PrivateApt, Suite},
+    apt::{PrivateApt, Suite},
     cache::Key,
     host::Host,
     initramfs::Archive,
     proc,
+    tools::{self, Need},
 };
-
-/// What the host needs to build and boot a testbed.
-const TOOLS: [&str; 5] = ["mmdebstrap", "debian-archive-keyring", "e2fsprogs", "kmod", "xz-utils"];
 
 /// What the root has on top of a minimal Debian.
 const PACKAGES: &[&str] = &[
@@ -147,7 +145,7 @@ pub(crate) struct Testbed {
 /// # Errors
 /// When packages can't be fetched or a tool fails.
 pub(crate) fn build(host: &Host, variant: Variant) -> Result<Testbed> {
-    apt::require(&TOOLS)?;
+    tools::require(&[Need::Testbed])?;
     let roots_kernel = kernel(host, ROOTS_KERNEL)?;
     let root = root(host, variant.root(), &roots_kernel)?;
     let (kernel, modules) = match variant.kernel() {
