@@ -20,9 +20,15 @@ use caisson_vmm::{
 
 #[test]
 fn boots_to_user_space_and_reports_the_guests_reset() -> Result<()> {
-    let workshop = Workshop::new("echo up: $(nproc) processor, $(cat /proc/uptime)")?;
+    // The host that this runs on has SVM; what the guest must not be offered of it is looked for by its flags.
+    let workshop = Workshop::new(
+        "echo up: $(nproc) processor, $(cat /proc/uptime)
+         echo flags: $(grep -m1 -c '^flags.* fpu ' /proc/cpuinfo) kept, \
+             $(grep -m1 -owE 'vmx|svm|npt|flushbyasid|arch_perfmon|monitor' /proc/cpuinfo | wc -l) forbidden",
+    )?;
     let mut vmm = Vmm::boot(workshop.config("")?)?;
     vmm.expect("up: 1 processor")?;
+    vmm.expect("flags: 1 kept, 0 forbidden")?;
     ensure!(vmm.client.wait()? == ExitReason::TripleFault);
     let status = vmm.wait()?;
     ensure!(status.code() == Some(12), "{status}");
@@ -56,9 +62,15 @@ fn a_machine_is_small() -> Result<()> {
     vmm.expect("up")?;
     let private = private_kib(vmm.pid())?;
     ensure!(private <= 512, "{private} KiB of private memory");
+    println!("{private} KiB of private memory");
+    Ok(())
+}
+
+#[test]
+#[ignore = "about the size of what is shipped, which only soaks build"]
+fn the_binary_is_small() -> Result<()> {
     let binary = std::fs::metadata(Product::Vmm.path()?)?.len();
     ensure!(binary <= 3_000_000, "the binary has {binary} bytes");
-    println!("{private} KiB of private memory, a binary of {binary} bytes");
     Ok(())
 }
 

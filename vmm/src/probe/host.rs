@@ -20,7 +20,7 @@ pub enum Vendor {
 
 impl Vendor {
     /// The kernel module that drives it.
-    fn module(self) -> &'static str {
+    pub(super) fn module(self) -> &'static str {
         match self {
             Self::Vmx => "kvm_intel",
             Self::Svm => "kvm_amd",
@@ -56,6 +56,8 @@ pub struct HostFacts {
     pub under_hypervisor: bool,
     /// The KVM module for this CPU is loaded or built in.
     pub module_present: bool,
+    /// KVM offers nested virtualization to guests that are offered it (the module's parameter `nested`).
+    pub nested_guests: bool,
 }
 
 impl HostFacts {
@@ -68,6 +70,7 @@ impl HostFacts {
             kernel_lists_it: vendor.is_some_and(|v| lists_flag(&flags, v.flag())),
             under_hypervisor: __cpuid(1).ecx & (1 << 31) != 0,
             module_present: vendor.is_some_and(|v| Path::new("/sys/module").join(v.module()).exists()),
+            nested_guests: vendor.is_some_and(|v| offers_nested(&Path::new("/sys/module").join(v.module()))),
         }
     }
 
@@ -99,6 +102,12 @@ impl HostFacts {
             ),
         }
     }
+}
+
+/// Whether the KVM module in this directory of sysfs is told to offer nested virtualization: 1 or Y, by its version.
+fn offers_nested(module: &Path) -> bool {
+    let parameter = fs::read_to_string(module.join("parameters/nested")).unwrap_or_default();
+    matches!(parameter.trim(), "1" | "Y")
 }
 
 /// Intel SDM vol. 2A, CPUID leaf 1, ECX bit 5 (VMX); AMD APM vol. 3, leaf 8000_0001h, ECX bit 2 (SVM).

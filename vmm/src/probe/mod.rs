@@ -80,6 +80,8 @@ pub enum Verdict {
         vendor: Vendor,
         /// This machine is itself a guest: KVM is nested, correct but slower.
         nested: bool,
+        /// KVM offers nested virtualization. Our guests are not offered it; others on this host may be.
+        nested_guests: bool,
     },
     /// There is no KVM device.
     Missing {
@@ -140,9 +142,22 @@ impl Verdict {
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Hardware { vendor, nested: false } => write!(f, "KVM works ({vendor})."),
-            Self::Hardware { vendor, nested: true } => {
-                write!(f, "KVM works ({vendor}, nested: this machine is itself a virtual machine, expect guests to run slower).")
+            Self::Hardware { vendor, nested, nested_guests } => {
+                let guest = if *nested {
+                    ", nested: this machine is itself a virtual machine, expect guests to run slower"
+                } else {
+                    ""
+                };
+                write!(f, "KVM works ({vendor}{guest}).")?;
+                if *nested_guests {
+                    write!(
+                        f,
+                        " Warning: nested virtualization is on (nested=1), which opens more of KVM to guests than \
+                         Caisson's are offered; turn it off with `options {} nested=0` in a file of /etc/modprobe.d.",
+                        vendor.module()
+                    )?;
+                }
+                Ok(())
             }
             Self::Missing { device, host } => {
                 write!(f, "{} does not exist: {}", device.display(), host.why_missing())
@@ -258,7 +273,9 @@ fn judge(host: &HostFacts, guests: GuestsResult) -> Verdict {
         // KVM proper does not load without the flag, so whatever answered is something else, even if it ran
         // the guests well.
         (None, outcome) => Verdict::Paravirtual { failed: outcome.err() },
-        (Some(vendor), Ok(())) => Verdict::Hardware { vendor, nested: host.under_hypervisor },
+        (Some(vendor), Ok(())) => {
+            Verdict::Hardware { vendor, nested: host.under_hypervisor, nested_guests: host.nested_guests }
+        }
         (Some(_), Err((test, failure))) => Verdict::Broken { test, failure },
     }
 }

@@ -1,7 +1,13 @@
 use super::*;
 
 fn host(vendor: Option<Vendor>) -> HostFacts {
-    HostFacts { vendor, kernel_lists_it: true, under_hypervisor: false, module_present: true }
+    HostFacts {
+        vendor,
+        kernel_lists_it: true,
+        under_hypervisor: false,
+        module_present: true,
+        nested_guests: false,
+    }
 }
 
 fn node(group: &str, mode: u32) -> DeviceNode {
@@ -63,9 +69,18 @@ fn without_the_flag_no_run_of_guests_makes_it_hardware() {
 }
 
 #[test]
+fn nested_virtualization_for_guests_is_warned_of() {
+    let facts = HostFacts { nested_guests: true, ..host(Some(Vendor::Svm)) };
+    let said = judge(&facts, Ok(())).to_string();
+    assert!(said.contains("Warning") && said.contains("options kvm_amd nested=0"), "{said}");
+}
+
+#[test]
 fn with_the_flag_the_guests_decide() {
     let facts = host(Some(Vendor::Vmx));
-    assert_eq!(judge(&facts, Ok(())), Verdict::Hardware { vendor: Vendor::Vmx, nested: false });
+    let works = judge(&facts, Ok(()));
+    assert_eq!(works, Verdict::Hardware { vendor: Vendor::Vmx, nested: false, nested_guests: false });
+    assert_eq!(works.to_string(), "KVM works (Intel VT-x).");
     assert!(matches!(
         judge(&facts, Err((GuestTest::Xrstor, GuestFailure::Exit("Shutdown".into())))),
         Verdict::Broken { test: GuestTest::Xrstor, .. }

@@ -1,18 +1,15 @@
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::SnapshotError;
+use crate::vcpu::{allowed_msrs, cpuid::CpuTemplate};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
-/// Hyper-V's MSRs, which KVM lists on every host and refuses to a guest that was not offered them.
-const HYPER_V: std::ops::Range<u32> = 0x4000_0000..0x4000_0200;
-/// KVM's own MSRs: clock, steal time, asynchronous page faults, end of interrupt.
-const KVM_CUSTOM: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
 /// As many MSRs as KVM reads or writes at once.
 const MSR_BATCH: usize = 128;
 
@@ -32,16 +29,13 @@ pub struct VcpuState {
     events: kvm_vcpu_events,
 }
 
-/// The MSRs to save: all that KVM lists save Hyper-V's, and its own.
+/// The MSRs to save: those that KVM lists, and its own, as far as a snapshot may hold them.
 pub(super) fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, SnapshotError> {
     let list = kvm
         .get_msr_index_list()
         .map_err(|source| SnapshotError::Kvm { what: "listing MSRs".into(), source })?;
-    let listed = list.as_slice().iter().copied();
-    let mut indices: Vec<u32> =
-        listed.filter(|index| !HYPER_V.contains(index) && !KVM_CUSTOM.contains(index)).collect();
-    indices.extend(KVM_CUSTOM);
-    Ok(indices)
+    let listed = list.as_slice().iter().copied().filter(|index| !allowed_msrs::KVM_CUSTOM.contains(index));
+    Ok(listed.chain(allowed_msrs::KVM_CUSTOM).filter(|index| allowed_msrs::is_allowed(*index)).collect())
 }
 
 fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> SnapshotError {
@@ -73,7 +67,11 @@ impl VcpuState {
 
     /// Puts the state into a new processor, in the order in which each part finds what it depends on.
     pub(super) fn restore(&self, vcpu: &VcpuFd) -> Result<(), SnapshotError> {
-        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| SnapshotError::Table("CPUID"))?;
+        // What a state file says is no better founded than what KVM offers at boot: the same lists hold.
+        if let Some((index, _)) = self.msrs.iter().find(|(index, _)| !allowed_msrs::is_allowed(*index)) {
+            return Err(SnapshotError::Msr(*index));
+        }
+        let cpuid = CpuTemplate::of_saved(&self.cpuid).table().map_err(|_| SnapshotError::Table("CPUID"))?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("restoring CPUID"))?;
         if let Some(khz) = self.tsc_khz
             && vcpu.get_tsc_khz().ok() != Some(khz)

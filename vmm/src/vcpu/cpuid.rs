@@ -1,13 +1,15 @@
 //! CPUID: what the host and KVM offer, adjusted to the machine's own topology.
 //!
-//! Every vCPU is a core of its own with one thread, and all cores share one package. KVM's paravirtual leaves
-//! (0x4000_0000 and up) are handed on as KVM reports them.
+//! Every vCPU is a core of its own with one thread, and all cores share one package. Of what KVM supports, a guest sees
+//! what [`super::allowed_cpuid`] lists.
 
 use std::{arch::x86_64::__cpuid, fmt};
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
+
+use super::allowed_cpuid;
 
 /// Leaf 1 ECX: the TSC-deadline timer, which KVM emulates but does not report.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -63,16 +65,24 @@ impl CpuTemplate {
     pub fn of_host(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         Ok(Self {
-            entries: supported.as_slice().to_vec(),
+            entries: allowed_cpuid::filter(supported.as_slice()),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
         })
     }
 
-    /// What a processor that was saved had.
+    /// What a processor that was saved had, and a guest may see.
     #[must_use]
     pub fn of_saved(entries: &[kvm_cpuid_entry2]) -> Self {
         // Whoever made it has added the timer to its leaf 1.
-        Self { entries: entries.to_vec(), tsc_deadline: false }
+        Self { entries: allowed_cpuid::filter(entries), tsc_deadline: false }
+    }
+
+    /// The table as it is, with what a saved vCPU was told of where it sits.
+    ///
+    /// # Errors
+    /// When it has more entries than KVM takes.
+    pub(crate) fn table(&self) -> Result<CpuId, vmm_sys_util::fam::Error> {
+        CpuId::from_entries(&self.entries)
     }
 
     /// All states that XSAVE can save here, as XCR0 names them; `None` without XSAVE.
@@ -144,8 +154,6 @@ impl Topology {
                 entry.edx = with_bit(entry.edx, HTT, self.count > 1);
             }
             4 => self.intel_cache(entry),
-            // No performance counters: they leak the host's timing and cost every context switch.
-            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0x8000_0001 => entry.ecx = with_bit(entry.ecx, CMP_LEGACY, self.count > 1),
             0x8000_0008 => {
                 entry.ecx = (entry.ecx & !0xf0ff) | (self.core_bits << 12) | (self.count - 1);
@@ -198,7 +206,7 @@ mod tests {
     use super::*;
 
     fn template(functions: &[u32]) -> CpuTemplate {
-        let entries =
+        let entries: Vec<_> =
             functions.iter().map(|&function| kvm_cpuid_entry2 { function, ..Default::default() }).collect();
         CpuTemplate { entries, tsc_deadline: true }
     }
@@ -260,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn paravirtual_leaves_pass_unchanged_and_topology_leaves_are_not_invented() {
+    fn paravirtual_leaves_pass_and_topology_leaves_are_not_invented() {
         let mut template = template(&[0x4000_0001]);
         template.entries[0].eax = 0x0100_7efb;
         let table = template.for_vcpu(3, 4).unwrap();

@@ -2,6 +2,8 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | `allowed_cpuid` | the leaves and bits of CPUID that a guest may see |
+//! | `allowed_msrs` | the model-specific registers that a snapshot holds |
 //! | [`cpuid`] | what a processor says that it is, and where it sits |
 //! | [`registers`] | the state in which the first processor enters the kernel |
 //! | [`thread`] | the thread that runs one processor, and how it is paused and stopped |
@@ -10,6 +12,8 @@
 //! names it, KVM drops interrupts to it, and only [`thread::VcpuThread::spawn`] makes it real. From then on
 //! it waits inside KVM for the guest's INIT and SIPI.
 
+mod allowed_cpuid;
+pub(crate) mod allowed_msrs;
 pub mod cpuid;
 mod kick;
 pub mod registers;
