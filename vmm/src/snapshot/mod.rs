@@ -68,9 +68,6 @@ pub enum SnapshotError {
     /// A processor has more of something than KVM's tables hold.
     #[error("{0} does not fit KVM's tables")]
     Table(&'static str),
-    /// A processor has a model-specific register that no snapshot of ours holds.
-    #[error("the state file has MSR {0:#x}, which no snapshot may hold")]
-    Msr(u32),
     /// A device could not come to rest.
     #[error("slot {slot}: saving its device")]
     Device {

@@ -1,15 +1,20 @@
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::SnapshotError;
-use crate::vcpu::{allowed_msrs, cpuid::CpuTemplate};
+use crate::vcpu::{msrs, only_allowed};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// KVM's own MSRs: clock, steal time, asynchronous page faults, end of interrupt.
+const KVM_CUSTOM: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
+/// EFER: SVM's instructions exist. CR4: VMX's do.
+const EFER_SVME: u64 = 1 << 12;
+const CR4_VMXE: u64 = 1 << 13;
 /// As many MSRs as KVM reads or writes at once.
 const MSR_BATCH: usize = 128;
 
@@ -29,13 +34,14 @@ pub struct VcpuState {
     events: kvm_vcpu_events,
 }
 
-/// The MSRs to save: those that KVM lists, and its own, as far as a snapshot may hold them.
+/// The MSRs to save: those that KVM lists, and its own, as far as a guest may have them.
 pub(super) fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, SnapshotError> {
     let list = kvm
         .get_msr_index_list()
         .map_err(|source| SnapshotError::Kvm { what: "listing MSRs".into(), source })?;
-    let listed = list.as_slice().iter().copied().filter(|index| !allowed_msrs::KVM_CUSTOM.contains(index));
-    Ok(listed.chain(allowed_msrs::KVM_CUSTOM).filter(|index| allowed_msrs::is_allowed(*index)).collect())
+    let listed = list.as_slice().iter().copied();
+    let listed = listed.filter(|index| !KVM_CUSTOM.contains(index));
+    Ok(listed.chain(KVM_CUSTOM).filter(|index| msrs::is_allowed(*index)).collect())
 }
 
 fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> SnapshotError {
@@ -67,11 +73,10 @@ impl VcpuState {
 
     /// Puts the state into a new processor, in the order in which each part finds what it depends on.
     pub(super) fn restore(&self, vcpu: &VcpuFd) -> Result<(), SnapshotError> {
-        // What a state file says is no better founded than what KVM offers at boot: the same lists hold.
-        if let Some((index, _)) = self.msrs.iter().find(|(index, _)| !allowed_msrs::is_allowed(*index)) {
-            return Err(SnapshotError::Msr(*index));
-        }
-        let cpuid = CpuTemplate::of_saved(&self.cpuid).table().map_err(|_| SnapshotError::Table("CPUID"))?;
+        // A state file is not believed: it has no more than a new processor could be given.
+        refuse_nesting(&self.sregs)?;
+        let allowed = only_allowed(&self.cpuid);
+        let cpuid = CpuId::from_entries(&allowed).map_err(|_| SnapshotError::Table("CPUID"))?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("restoring CPUID"))?;
         if let Some(khz) = self.tsc_khz
             && vcpu.get_tsc_khz().ok() != Some(khz)
@@ -87,12 +92,34 @@ impl VcpuState {
         vcpu.set_xcrs(&self.xcrs).map_err(failed("restoring XCRs"))?;
         vcpu.set_debug_regs(&self.debug_regs).map_err(failed("restoring debug registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(failed("restoring the local APIC"))?;
-        write_msrs(vcpu, &self.msrs)?;
+        write_msrs(vcpu, &writable(&self.msrs)?)?;
         vcpu.set_vcpu_events(&self.events).map_err(failed("restoring events"))?;
         // Tells the guest's watchdogs that it was stopped. It fails when the guest does not use KVM's clock.
         let _ = vcpu.kvmclock_ctrl();
         Ok(())
     }
+}
+
+/// Refuses registers in which the guest had turned nested virtualization on, as only a forged file has them.
+fn refuse_nesting(sregs: &kvm_sregs) -> Result<(), SnapshotError> {
+    if sregs.efer & EFER_SVME == 0 && sregs.cr4 & CR4_VMXE == 0 {
+        return Ok(());
+    }
+    Err(refused("restoring system registers with nested virtualization turned on".into()))
+}
+
+/// The MSRs of a state file that are written: an error if it has one that a guest must not have. One that is 0 is left
+/// out, as that is what it is in a new processor.
+fn writable(values: &[(u32, u64)]) -> Result<Vec<(u32, u64)>, SnapshotError> {
+    let (allowed, others): (Vec<_>, Vec<_>) = values.iter().partition(|(index, _)| msrs::is_allowed(*index));
+    match others.iter().find(|(_, data)| *data != 0) {
+        Some((index, _)) => Err(refused(format!("restoring MSR {index:#x}, which no guest may have"))),
+        None => Ok(allowed),
+    }
+}
+
+fn refused(what: String) -> SnapshotError {
+    SnapshotError::Kvm { what, source: kvm_ioctls::Error::new(libc::EPERM) }
 }
 
 /// Reads those of `indices` that exist for this guest.
@@ -157,6 +184,22 @@ mod tests {
         let mut values = vec![(MSR_TSC_DEADLINE, 0), (0x1a0, 1), (MSR_TSC, 1000), (0x2ff, 2)];
         settle_timer(&mut values);
         assert_eq!(values, [(MSR_TSC, 1000), (0x1a0, 1), (0x2ff, 2), (MSR_TSC_DEADLINE, 1000)]);
+    }
+
+    #[test]
+    fn msrs_that_no_guest_may_have_are_not_written() {
+        for index in [0x3a, 0x1d9, 0x186, 0x480, 0xc000_0080, 0xc001_0117] {
+            let error = writable(&[(MSR_TSC, 5), (index, 1)]).unwrap_err().to_string();
+            assert!(error.contains(&format!("{index:#x}")), "{error}");
+            assert_eq!(writable(&[(MSR_TSC, 5), (index, 0)]).unwrap(), [(MSR_TSC, 5)]);
+        }
+    }
+
+    #[test]
+    fn registers_with_nested_virtualization_are_refused() {
+        refuse_nesting(&kvm_sregs { efer: 0xd01, cr4: 0x3506b0 & !CR4_VMXE, ..Default::default() }).unwrap();
+        refuse_nesting(&kvm_sregs { efer: EFER_SVME, ..Default::default() }).unwrap_err();
+        refuse_nesting(&kvm_sregs { cr4: CR4_VMXE, ..Default::default() }).unwrap_err();
     }
 
     #[test]

@@ -1,7 +1,6 @@
-//! CPUID: what the host and KVM offer, adjusted to the machine's own topology.
+//! CPUID: what KVM offers on this host and the table of `allowed` lets pass, adjusted to the machine's own topology.
 //!
-//! Every vCPU is a core of its own with one thread, and all cores share one package. Of what KVM supports, a guest sees
-//! what [`super::allowed_cpuid`] lists.
+//! Every vCPU is a core of its own with one thread, and all cores share one package.
 
 use std::{arch::x86_64::__cpuid, fmt};
 
@@ -9,7 +8,7 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
-use super::allowed_cpuid;
+use super::allowed::only_allowed;
 
 /// Leaf 1 ECX: the TSC-deadline timer, which KVM emulates but does not report.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -58,31 +57,23 @@ pub struct CpuTemplate {
 }
 
 impl CpuTemplate {
-    /// What this host's KVM supports.
+    /// What this host's KVM supports and a guest may see.
     ///
     /// # Errors
     /// When KVM does not say.
     pub fn of_host(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         Ok(Self {
-            entries: allowed_cpuid::filter(supported.as_slice()),
+            entries: only_allowed(supported.as_slice()),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
         })
     }
 
-    /// What a processor that was saved had, and a guest may see.
+    /// What a processor that was saved had, as far as a guest may see it.
     #[must_use]
     pub fn of_saved(entries: &[kvm_cpuid_entry2]) -> Self {
         // Whoever made it has added the timer to its leaf 1.
-        Self { entries: allowed_cpuid::filter(entries), tsc_deadline: false }
-    }
-
-    /// The table as it is, with what a saved vCPU was told of where it sits.
-    ///
-    /// # Errors
-    /// When it has more entries than KVM takes.
-    pub(crate) fn table(&self) -> Result<CpuId, vmm_sys_util::fam::Error> {
-        CpuId::from_entries(&self.entries)
+        Self { entries: only_allowed(entries), tsc_deadline: false }
     }
 
     /// All states that XSAVE can save here, as XCR0 names them; `None` without XSAVE.
@@ -206,7 +197,7 @@ mod tests {
     use super::*;
 
     fn template(functions: &[u32]) -> CpuTemplate {
-        let entries: Vec<_> =
+        let entries =
             functions.iter().map(|&function| kvm_cpuid_entry2 { function, ..Default::default() }).collect();
         CpuTemplate { entries, tsc_deadline: true }
     }
@@ -267,12 +258,22 @@ mod tests {
         assert_eq!(template.xsave_states(), Some((1 << 32) | 7));
     }
 
+    /// A state file may come from a program that filtered less.
     #[test]
-    fn paravirtual_leaves_pass_and_topology_leaves_are_not_invented() {
+    fn a_processor_like_a_saved_one_has_no_more_than_a_new_one() {
+        let saved = kvm_cpuid_entry2 { function: 0x8000_0001, ecx: u32::MAX, ..Default::default() };
+        let counters = kvm_cpuid_entry2 { function: 0xa, eax: u32::MAX, ..Default::default() };
+        let table = CpuTemplate::of_saved(&[saved, counters]).for_vcpu(0, 1).unwrap();
+        assert_eq!(table.as_slice().len(), 1);
+        assert_eq!(find(&table, 0x8000_0001, 0).ecx & (1 << 2), 0, "SVM");
+    }
+
+    #[test]
+    fn paravirtual_leaves_pass_unchanged_and_topology_leaves_are_not_invented() {
         let mut template = template(&[0x4000_0001]);
-        template.entries[0].eax = 0x0100_7efb;
+        template.entries[0].eax = 0x0100_7afb;
         let table = template.for_vcpu(3, 4).unwrap();
-        assert_eq!(find(&table, 0x4000_0001, 0).eax, 0x0100_7efb);
+        assert_eq!(find(&table, 0x4000_0001, 0).eax, 0x0100_7afb);
         assert_eq!(table.as_slice().len(), 1);
     }
 

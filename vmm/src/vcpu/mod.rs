@@ -2,9 +2,9 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | `allowed_cpuid` | the leaves and bits of CPUID that a guest may see |
-//! | `allowed_msrs` | the model-specific registers that a snapshot holds |
+//! | `allowed` | which leaves and bits of CPUID a guest may see |
 //! | [`cpuid`] | what a processor says that it is, and where it sits |
+//! | `msrs` | which MSRs a snapshot may hold |
 //! | [`registers`] | the state in which the first processor enters the kernel |
 //! | [`thread`] | the thread that runs one processor, and how it is paused and stopped |
 //!
@@ -12,13 +12,14 @@
 //! names it, KVM drops interrupts to it, and only [`thread::VcpuThread::spawn`] makes it real. From then on
 //! it waits inside KVM for the guest's INIT and SIPI.
 
-mod allowed_cpuid;
-pub(crate) mod allowed_msrs;
+mod allowed;
 pub mod cpuid;
 mod kick;
+pub(crate) mod msrs;
 pub mod registers;
 pub mod thread;
 
+pub(crate) use allowed::only_allowed;
 pub use thread::{Bus, VcpuCommandError, VcpuThread};
 
 /// Why a virtual processor could not be made.

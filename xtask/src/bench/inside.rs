@@ -304,6 +304,8 @@ step vsock-latency xtask bench client echo 100; echo vsock-latency-
 const SCRIPT_END: &str = "while :; do sleep 1000; done\n";
 
 fn step_of(machine: &mut Running, step: &str) -> Result<Duration> {
+    // So that whoever waits sees which step it is that takes long.
+    eprintln!("==> {step}");
     let begin = machine.word(&format!("{step}+"))?;
     let end = machine.word(&format!("{step}-"))?;
     let heard = machine.heard();
