@@ -36,7 +36,7 @@ pub(crate) struct DemoArgs {
 /// When something can't be built, or the machine is lost.
 pub(crate) fn run(host: &Host, args: &DemoArgs) -> Result<ExitCode> {
     tools::require(&Need::PODS)?;
-    let system = System::build(host, Optimization::Quick)?;
+    let system = System::build(host, Optimization::Quick, (!args.direct).then_some(args.variant))?;
     let scratch = host.cache.scratch()?;
     let place = Place { variant: (!args.direct).then_some(args.variant), scratch: scratch.path() };
     let pods = place.path(host, &system.products.join("pods"))?;

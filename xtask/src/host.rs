@@ -70,6 +70,10 @@ pub(crate) fn cargo() -> Command {
     for (name, _) in env::vars_os().filter(|(name, _)| is_of_our_own_build(Path::new(name))) {
         command.env_remove(name);
     }
+    if !proc::tells_progress() {
+        // Errors and warnings are still told.
+        command.env("CARGO_TERM_QUIET", "true");
+    }
     command
 }
 

@@ -11,6 +11,7 @@
 //! | [`test`](mod@test) | every check and test, in order, with a summary |
 //! | [`demo`] | what a newcomer runs first |
 //! | [`steps`] | a run of several steps, and where its time went |
+//! | [`overview`] | steps side by side, told on one line |
 //! | [`fuzz`] | the fuzz targets of `vmm/fuzz` |
 //! | [`bench`] | what the VMM costs, beside QEMU's microvm |
 //! | [`host`] | where the workspace, the target directory and the cache are |
@@ -28,6 +29,7 @@ mod host;
 mod images;
 mod initramfs;
 mod kernel;
+mod overview;
 mod proc;
 mod products;
 mod steps;

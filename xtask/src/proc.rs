@@ -7,7 +7,10 @@ use std::{
     os::{fd::RawFd, unix::process::CommandExt},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -23,6 +26,19 @@ const LOG_TAIL_LINES: usize = 40;
 
 /// How often a long step says that it is still running when nobody watches it on a terminal.
 const HEARTBEAT: Duration = Duration::from_secs(60);
+
+/// Whether each long command tells of its progress.
+static TELLS_PROGRESS: AtomicBool = AtomicBool::new(true);
+
+/// Says whether each long command tells of its progress: not where one line tells of several that go on side by side.
+pub(crate) fn tell_progress(tells: bool) {
+    TELLS_PROGRESS.store(tells, Ordering::Relaxed);
+}
+
+/// Whether each long command tells of its progress.
+pub(crate) fn tells_progress() -> bool {
+    TELLS_PROGRESS.load(Ordering::Relaxed)
+}
 
 /// A command that receives `signal` when xtask dies.
 ///
@@ -149,6 +165,9 @@ impl Progress {
     /// Starts the line.
     pub(crate) fn start(what: &str) -> Self {
         let started = Instant::now();
+        if !tells_progress() {
+            return Self { what: what.to_owned(), started, stop: None };
+        }
         let (stop, stopped) = mpsc::channel::<()>();
         let label = what.to_owned();
         let tty = stderr().is_terminal();

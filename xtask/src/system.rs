@@ -1,13 +1,18 @@
 //! The whole system on a machine with KVM: our binaries, what they boot, and containerd beside a command.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    thread,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
+use nix::sys::signal::Signal;
 
 use crate::{
     host::{Host, cargo},
     images, initramfs,
     kernel::{self, KernelArgs},
+    overview::Overview,
     proc,
     products::{self, Optimization},
     testbed::{
@@ -15,6 +20,12 @@ use crate::{
         exec::{self, ExecArgs},
     },
 };
+
+/// The steps that make it, and how many seconds each takes alone on two processors, roughly: for their shares only.
+const KERNEL: (&str, u32) = ("guest kernel", 450);
+const PROGRAMS: (&str, u32) = ("programs", 240);
+const IMAGES: (&str, u32) = ("images", 45);
+const TESTBED: (&str, u32) = ("testbed", 60);
 
 /// Everything that it is made of, by its path on this host.
 #[derive(Clone, Debug)]
@@ -50,17 +61,32 @@ impl Place<'_> {
 }
 
 impl System {
-    /// Makes all of it, and the commands that run beside containerd.
+    /// Makes all of it, the commands that run beside containerd, and the variant of the testbed if one is to be used.
     ///
     /// # Errors
     /// When something can't be built.
-    pub(crate) fn build(host: &Host, optimization: Optimization) -> Result<Self> {
-        let kernel = kernel::build(host, KernelArgs::default())?;
-        let images = images::build(host)?;
-        let products = products::build(host, optimization)?;
-        let initramfs = initramfs::build(host, &products.join("caisson-agent"))?;
-        runners(host, &products)?;
-        Ok(Self { products, kernel, initramfs, images })
+    pub(crate) fn build(host: &Host, optimization: Optimization, variant: Option<Variant>) -> Result<Self> {
+        let mut steps = vec![KERNEL, PROGRAMS, IMAGES];
+        steps.extend(variant.is_some().then_some(TESTBED));
+        let overview = Overview::start(&steps);
+        // What each lane waits for, the network, a linker or one last crate, leaves the processors to the others. A lane
+        // that fails does not stop them: what they make is in the cache for the next run.
+        thread::scope(|scope| {
+            let kernel =
+                scope.spawn(|| overview.step(KERNEL.0, || kernel::build(host, KernelArgs::default())));
+            let programs = scope.spawn(|| overview.step(PROGRAMS.0, || programs(host, optimization)));
+            let fetched = (|| {
+                let images = overview.step(IMAGES.0, || images::build(host))?;
+                if let Some(variant) = variant {
+                    overview.step(TESTBED.0, || testbed(host, variant))?;
+                }
+                anyhow::Ok(images)
+            })();
+            let kernel = kernel.join().map_err(|_| anyhow!("the thread of the guest kernel panicked"))?;
+            let programs = programs.join().map_err(|_| anyhow!("the thread of the programs panicked"))?;
+            let (products, initramfs) = programs?;
+            Ok(Self { products, kernel: kernel?, initramfs, images: fetched? })
+        })
     }
 
     /// How to run a command beside a containerd of its own, told by its environment where everything is.
@@ -100,6 +126,22 @@ impl System {
             command: words,
         })
     }
+}
+
+/// Makes our programs, and the guest's initramfs of one of them.
+fn programs(host: &Host, optimization: Optimization) -> Result<(PathBuf, PathBuf)> {
+    let products = products::build(host, optimization)?;
+    let initramfs = initramfs::build(host, &products.join("caisson-agent"))?;
+    runners(host, &products)?;
+    Ok((products, initramfs))
+}
+
+/// Makes a variant of the testbed; a process of its own, whose output goes to a log.
+fn testbed(host: &Host, variant: Variant) -> Result<()> {
+    let own = std::env::current_exe().context("finding xtask's own binary")?;
+    let mut build = proc::dies_with_us(own, Signal::SIGKILL);
+    build.args(["testbed", "build", "--variant", variant.name()]).current_dir(&host.workspace);
+    proc::run_logged("making the testbed", &mut build, &host.log("testbed-build"))
 }
 
 /// Puts the commands that run beside containerd into the directory of our binaries.

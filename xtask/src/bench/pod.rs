@@ -48,7 +48,7 @@ type Values = BTreeMap<String, BTreeMap<String, Vec<f64>>>;
 /// When something can't be built or a pod fails.
 pub(crate) fn run(host: &Host, args: &PodArgs) -> Result<ExitCode> {
     ensure!(args.runs > 0, "--runs must be at least 1");
-    let system = System::build(host, Optimization::Shipped)?;
+    let system = System::build(host, Optimization::Shipped, None)?;
     let scratch = host.cache.scratch()?;
     let variant = (!args.direct).then_some(args.variant);
     let place = Place { variant, scratch: scratch.path() };
