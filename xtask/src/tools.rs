@@ -49,6 +49,8 @@ const TOOLS: &[Tool] = &[
     tool("e2fsprogs", &["mke2fs"], &[Need::Testbed]),
     tool("flex", &[], &[Need::GuestKernel]),
     tool("gcc", &["gcc"], &[Need::GuestKernel, Need::Suites]),
+    // The network namespaces of the shim's tests.
+    tool("iproute2", &["ip", "tc"], &[Need::UnitTests]),
     tool("kmod", &["depmod"], &[Need::Testbed]),
     tool("libacl1-dev", &[], &[Need::Suites]),
     tool("libelf-dev", &[], &[Need::GuestKernel]),
@@ -98,14 +100,17 @@ mod tests {
     use super::*;
 
     /// What every Debian has, and what building this workspace takes.
-    const ALWAYS_THERE: [&str; 13] = [
+    const ALWAYS_THERE: [&str; 16] = [
         "apt-get",
         "bash",
         "cargo",
+        "cat",
         "cp",
         "dpkg-deb",
         "dpkg-query",
         "find",
+        "rustc",
+        "setpriv",
         "sh",
         "sleep",
         "stty",
@@ -118,7 +123,14 @@ mod tests {
     const IN_THE_TESTBED: [&str; 5] = ["inside.rs", "machine.rs", "guest.rs", "share.rs", "vsock.rs"];
 
     /// How our sources start programs.
-    const STARTS: [&str; 3] = ["Command::new(\"", "contained(\"", "dies_with_us(\""];
+    const STARTS: [&str; 6] = [
+        "Command::new(\"",
+        "contained(\"",
+        "dies_with_us(\"",
+        "self.run(\"",
+        "inside.run(\"",
+        "other.run(\"",
+    ];
 
     fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(directory).unwrap().flatten() {
