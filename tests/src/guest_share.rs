@@ -14,9 +14,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{DeviceConfig, FsDevice},
-    devices::fs::FsConfig,
+    devices::FsConfig,
 };
 
 use crate::vmm::{Vmm, Workshop};

@@ -10,10 +10,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::{client::Client, connect::UnixVsock, v1};
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{BlockDevice, DeviceConfig, FileSource, FsDevice, MachineConfig, NetDevice, VsockDevice},
     control::protocol::{RestoreCommand, RestoredDevice},
-    devices::{block::BlockConfig, fs::FsConfig, vsock::VsockConfig},
+    devices::{BlockConfig, FsConfig, VsockConfig},
 };
 
 use crate::{

@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{FileSource, MachineConfig},
     control::{Client, protocol::RestoreCommand},
 };

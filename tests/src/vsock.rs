@@ -21,14 +21,15 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use caisson_vmm::{
     boot::BootSource,
-    config::MachineConfig,
     devices::{
         serial::ConsoleSink,
-        vsock::{HostEnd, PathDialer, VsockConfig},
+        vsock::{HostEnd, PathDialer},
     },
     machine::{Machine, OpenDevice, poller::Poller},
+    machine_file,
     resources::{self, Descriptors, Resources},
 };
+use caisson_vmm_api::{config::MachineConfig, devices::VsockConfig};
 
 use nix::sys::{
     socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, socket, sockopt},
@@ -205,12 +206,12 @@ fn build(config: &MachineConfig, dir: &Path) -> Result<Machine> {
     let kvm = resources::open_kvm()?;
     let resources = Resources::open(config, &Descriptors::Inherited)?;
     let sink = ConsoleSink::new(resources.console.output, config.console.rate);
-    let mut machine = Machine::new(&kvm, config.shape(), Arc::new(Poller::new()?), sink, Instant::now())?;
+    let mut machine = Machine::new(&kvm, config.into(), Arc::new(Poller::new()?), sink, Instant::now())?;
     let path = dir.join("vsock");
     let host =
         HostEnd { listener: Some(UnixListener::bind(&path)?), dialer: Some(Box::new(PathDialer::new(path))) };
     machine.plug(0, OpenDevice::Vsock(VsockConfig { guest_cid: 3 }, host))?;
-    let command_line = config.command_line()?;
+    let command_line = machine_file::command_line(config)?;
     let source = BootSource {
         kernel: &resources.kernel,
         initramfs: resources.initramfs.as_ref(),

@@ -13,7 +13,7 @@ use caisson_e2e::{
     vmm::PATIENCE,
 };
 use caisson_protocol::v1;
-use caisson_vmm::control::protocol::Resize;
+use caisson_vmm_api::control::protocol::Resize;
 use tonic::Code;
 
 #[tokio::test]

@@ -16,9 +16,9 @@ use caisson_e2e::{
     guest_share::Script,
     vmm::{Vmm, Workshop},
 };
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{DeviceConfig, FileSource, FsDevice},
-    devices::fs::FsConfig,
+    devices::FsConfig,
 };
 
 /// What a guest does with the share `test`, which has a file `greeting`. It prints `done` at the end.

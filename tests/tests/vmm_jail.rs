@@ -15,10 +15,10 @@ use caisson_e2e::{
     node::Product,
     vmm::{PATIENCE, Vmm, Workshop},
 };
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{BlockDevice, DeviceConfig, FileSource, MachineConfig},
     control::protocol::{Resize, RestoreCommand},
-    devices::block::{BlockConfig, IoEngine},
+    devices::{BlockConfig, IoEngine},
 };
 use nix::{
     sys::signal::{Signal, kill},

@@ -17,7 +17,7 @@ use caisson_e2e::{
     vmm::{PATIENCE, Vmm, Workshop},
     vsock::{ECHO, connect, connect_patiently, pattern},
 };
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{DeviceConfig, FileSource, MachineConfig},
     control::protocol::RestoreCommand,
 };

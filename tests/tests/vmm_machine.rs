@@ -12,10 +12,10 @@ use caisson_e2e::{
     node::Product,
     vmm::{Vmm, Workshop, run_machine_file},
 };
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{BlockDevice, DeviceConfig, FileSource},
     control::protocol::Resize,
-    machine::ExitReason,
+    exit::ExitReason,
 };
 
 #[test]

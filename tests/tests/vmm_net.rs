@@ -13,7 +13,7 @@ use caisson_e2e::{
     net::{NamedTap, ip, tap},
     vmm::{PATIENCE, Vmm, Workshop},
 };
-use caisson_vmm::config::{DeviceConfig, FileSource, NetDevice};
+use caisson_vmm_api::config::{DeviceConfig, FileSource, NetDevice};
 use nix::sys::{
     socket::{setsockopt, sockopt},
     time::{TimeVal, TimeValLike},

@@ -4,7 +4,7 @@ use std::{fs::File, os::fd::AsFd, path::Path};
 
 use anyhow::{Result, ensure};
 use caisson_e2e::vmm::{Vmm, Workshop, run_to_end};
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{BlockDevice, DeviceConfig, FileSource},
     control::protocol::{Resize, RestoreCommand, RestoredDevice},
 };

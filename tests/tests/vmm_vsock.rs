@@ -18,10 +18,10 @@ use caisson_e2e::{
         DIAL, ECHO, RELEASE, SINK, SOURCE, VsockGuest, connect, connect_patiently, pattern, program_initramfs,
     },
 };
-use caisson_vmm::{
+use caisson_vmm_api::{
     config::{DeviceConfig, FileSource, VsockDevice},
     control::protocol::{RestoreCommand, RestoredDevice},
-    devices::vsock::VsockConfig,
+    devices::VsockConfig,
 };
 
 const ECONNRESET: i32 = 104;

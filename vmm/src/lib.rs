@@ -3,8 +3,8 @@
 //! | module | owns |
 //! |---|---|
 //! | [`boot`] | what a kernel needs in memory before its first instruction |
-//! | [`config`] | the machine file |
-//! | [`control`] | the control API: protocol, client, and the event loop that serves it |
+//! | [`machine_file`] | from the machine file to the machine |
+//! | [`control`] | the event loop that serves the control API |
 //! | [`snapshot`] | saving a machine, and making one from what was saved |
 //! | [`resources`] | what a machine needs from the host, opened before it runs |
 //! | [`machine`] | a KVM virtual machine with its processors, bus and slots |
@@ -15,24 +15,25 @@
 //! | [`jail`] | what is left to a process whose guest has broken out |
 //! | [`seccomp`] | system call filters, thread by thread |
 //! | [`metrics`] | lock-free counters |
-//! | [`passing`] | descriptors that come with a message |
 //! | [`rate_limiter`] | token buckets for bytes and operations |
 //! | [`heap`] | how threads share the heap |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
+//!
+//! What a program that starts the VMM sees of it (the machine file, the control protocol and its client) is
+//! [`caisson_vmm_api`].
 //!
 //! The guest is hostile. Whatever it can influence (descriptors, registers, indices, packets) is validated
 //! and bounded where it enters; nothing it does may panic, stall or grow this process without limit.
 
 pub mod boot;
-pub mod config;
 pub mod control;
 pub mod devices;
 pub mod heap;
 pub mod jail;
 pub mod machine;
+pub mod machine_file;
 pub mod memory;
 pub mod metrics;
-pub mod passing;
 pub mod probe;
 pub mod rate_limiter;
 pub mod resources;

@@ -12,14 +12,19 @@ use std::{
 };
 
 use caisson_vmm::{
-    config::{FileSource, MachineConfig},
-    control::{Supervisor, protocol::RestoreCommand, socket, supervisor::SupervisorError},
+    control::{Supervisor, supervisor::SupervisorError},
     devices::serial::ConsoleSink,
     heap,
-    jail::{Inherited, Jail, JailConfig, Side},
-    machine::{ExitReason, shares::Shares},
+    jail::{Inherited, Jail, Side},
+    machine::shares::Shares,
     resources::{self, Access, Descriptors, Resources},
     snapshot,
+};
+use caisson_vmm_api::{
+    config::{FileSource, MachineConfig},
+    control::{protocol::RestoreCommand, socket},
+    exit::ExitReason,
+    jail::JailConfig,
 };
 use clap::Parser;
 use tracing::level_filters::LevelFilter;

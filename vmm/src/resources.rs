@@ -16,11 +16,11 @@ use std::{
     path::PathBuf,
 };
 
+use caisson_vmm_api::config::{ConsoleConfig, DeviceConfig, FileSource, MachineConfig, VsockDevice};
 use kvm_ioctls::Kvm;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::{
-    config::{ConsoleConfig, DeviceConfig, FileSource, MachineConfig, VsockDevice},
     devices::{
         net::Tap,
         vsock::{Dialer, HostEnd, PassingDialer, PathDialer},

@@ -22,18 +22,20 @@ use std::time::Duration;
 use caisson_protocol::client::{Client, ClientError, with_deadline};
 use caisson_protocol::connect::UnixVsock;
 use caisson_protocol::v1;
-use caisson_vmm::control;
+use caisson_vmm_api::control;
 use rustix::process::Signal;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use self::console::Console;
-use crate::config;
-use crate::journal::{Journal, JournalError};
-use crate::network::Card;
-use crate::phases::Phases;
-use crate::share::IdRange;
-use crate::sizing::Shape;
+use crate::{
+    config,
+    journal::{Journal, JournalError},
+    network::Card,
+    phases::Phases,
+    share::IdRange,
+    sizing::Shape,
+};
 
 /// How long a guest may take until its agent answers.
 const BOOT: Duration = Duration::from_secs(60);

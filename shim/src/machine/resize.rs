@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use caisson_protocol::client::call;
 use caisson_protocol::v1;
-use caisson_vmm::control::protocol::Resize;
+use caisson_vmm_api::control::protocol::Resize;
 use tokio::time::{Instant, sleep};
 
 use super::{Machine, MachineError};
@@ -69,7 +69,7 @@ impl Machine {
     }
 
     async fn sizes(&self) -> Result<Sizes, MachineError> {
-        let metrics = self.control(caisson_vmm::control::Client::metrics).await?;
+        let metrics = self.control(caisson_vmm_api::control::Client::metrics).await?;
         let number = |name: &str| metrics.pointer(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
         Ok(Sizes {
             vcpus: number("/vcpus"),

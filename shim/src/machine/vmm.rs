@@ -6,23 +6,25 @@ use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
-use caisson_vmm::config::{
-    ConsoleConfig, CpuConfig, DeviceConfig, FileSource, FsDevice, KernelConfig, MachineConfig, MemoryConfig,
-    NetDevice, VsockDevice,
+use caisson_vmm_api::{
+    config::{
+        ConsoleConfig, CpuConfig, DeviceConfig, FileSource, FsDevice, KernelConfig, MachineConfig,
+        MemoryConfig, NetDevice, VsockDevice,
+    },
+    control,
+    devices::{FsConfig, NetConfig, VsockConfig},
+    jail::JailConfig,
 };
-use caisson_vmm::control;
-use caisson_vmm::devices::fs::FsConfig;
-use caisson_vmm::devices::net::NetConfig;
-use caisson_vmm::devices::vsock::VsockConfig;
-use caisson_vmm::jail::JailConfig;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, PidfdFlags};
 use tokio::process::{Child, Command};
 
 use super::console::{Console, Speaker};
 use super::{MachineError, Plan, SHARE_TAG, host};
-use crate::journal::{Journal, ProcessId, Resource};
-use crate::network::Card;
+use crate::{
+    journal::{Journal, ProcessId, Resource},
+    network::Card,
+};
 
 /// What every guest's kernel is told. With small units for its memory of each processor (`percpu_alloc`) a guest needs
 /// 4 MB less: who pays for an object in a unit is noted for every four bytes of it. Free memory is told of from 512 KiB

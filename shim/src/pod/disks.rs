@@ -6,12 +6,11 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use caisson_protocol::client::call;
 use caisson_protocol::v1;
-use caisson_vmm::config::DeviceConfig;
+use caisson_vmm_api::config::DeviceConfig;
 use tokio::sync::Mutex;
 
 use super::error::PodError;
-use crate::machine::Machine;
-use crate::share::RawDisk;
+use crate::{machine::Machine, share::RawDisk};
 
 /// A block device's number, on the host or in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,8 +10,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use caisson_protocol::v1;
-use caisson_vmm::config::{BlockDevice, DeviceConfig, FileSource};
-use caisson_vmm::devices::block::BlockConfig;
+use caisson_vmm_api::{
+    config::{BlockDevice, DeviceConfig, FileSource},
+    devices::BlockConfig,
+};
 use rustix::mount::MountFlags;
 
 use super::options::Options;

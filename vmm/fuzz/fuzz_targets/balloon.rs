@@ -3,10 +3,8 @@
 
 use std::{io, sync::Arc};
 
-use caisson_vmm::{
-    devices::balloon::{Balloon, BalloonConfig},
-    memory::Discard,
-};
+use caisson_vmm::{devices::balloon::Balloon, memory::Discard};
+use caisson_vmm_api::devices::BalloonConfig;
 use caisson_vmm_fuzz::{MEMORY, Session, memory, play};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::GuestAddress;

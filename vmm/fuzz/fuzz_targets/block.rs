@@ -3,7 +3,8 @@
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
-use caisson_vmm::devices::block::{Block, BlockConfig};
+use caisson_vmm::devices::block::Block;
+use caisson_vmm_api::devices::BlockConfig;
 use caisson_vmm_fuzz::{Session, memory, play};
 use libfuzzer_sys::fuzz_target;
 

@@ -1,7 +1,8 @@
 //! Requests on the control socket, and the machines that they describe.
 #![no_main]
 
-use caisson_vmm::control::protocol::{Command, Request};
+use caisson_vmm::machine_file;
+use caisson_vmm_api::control::protocol::{Command, Request};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|message: &[u8]| {
@@ -9,7 +10,7 @@ fuzz_target!(|message: &[u8]| {
     if let Command::Create(config) = &request.command
         && config.validate().is_ok()
     {
-        config.command_line().expect("a command line");
+        let _ = machine_file::command_line(config);
     }
     // What was understood is said again in the same words.
     let again = serde_json::to_vec(&request).expect("JSON");

@@ -3,7 +3,7 @@
 //! [`Step::Host`](caisson_vmm_fuzz::Step::Host) has a file made in it, so that there is something to be found.
 #![no_main]
 
-use caisson_vmm::devices::fs::FsConfig;
+use caisson_vmm_api::devices::FsConfig;
 use caisson_vmm_fuzz::{Session, memory, play, share};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;

@@ -4,7 +4,7 @@
 use std::fs;
 
 use arbitrary::Arbitrary;
-use caisson_vmm::devices::fs::{CachePolicy, FsConfig};
+use caisson_vmm_api::devices::{CachePolicy, FsConfig};
 use caisson_vmm_fuzz::{Session, Step, memory, play, share};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;

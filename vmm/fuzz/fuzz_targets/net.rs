@@ -10,9 +10,10 @@ use std::{
 };
 
 use caisson_vmm::{
-    devices::net::{HEADER, Net, NetBackend, NetConfig, Offloads},
+    devices::net::{HEADER, Net, NetBackend, Offloads},
     virtio::buffers::GuestBuffers,
 };
+use caisson_vmm_api::devices::NetConfig;
 use caisson_vmm_fuzz::{Session, memory, play};
 use libfuzzer_sys::fuzz_target;
 

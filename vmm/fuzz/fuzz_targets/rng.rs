@@ -1,7 +1,8 @@
 //! The entropy device.
 #![no_main]
 
-use caisson_vmm::devices::rng::{HostEntropy, Rng, RngConfig};
+use caisson_vmm::devices::rng::{HostEntropy, Rng};
+use caisson_vmm_api::devices::RngConfig;
 use caisson_vmm_fuzz::{Session, memory, play};
 use libfuzzer_sys::fuzz_target;
 

@@ -5,11 +5,12 @@ use caisson_vmm::{
     devices::{
         DeviceState,
         rng::{HostEntropy, Rng},
-        vsock::{HostEnd, Vsock, VsockConfig},
+        vsock::{HostEnd, Vsock},
     },
     snapshot::format::decode,
     virtio::{VirtioDevice, mmio::TransportState},
 };
+use caisson_vmm_api::devices::VsockConfig;
 use caisson_vmm_fuzz::{Session, memory, play_restored};
 use libfuzzer_sys::{
     arbitrary::{Arbitrary, Unstructured},

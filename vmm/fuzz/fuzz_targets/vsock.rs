@@ -6,7 +6,8 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
 };
 
-use caisson_vmm::devices::vsock::{DialReceiver, HostEnd, PassingDialer, Vsock, VsockConfig};
+use caisson_vmm::devices::vsock::{DialReceiver, HostEnd, PassingDialer, Vsock};
+use caisson_vmm_api::devices::VsockConfig;
 use caisson_vmm_fuzz::{Session, memory, play};
 use libfuzzer_sys::fuzz_target;
 

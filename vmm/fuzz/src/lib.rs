@@ -13,13 +13,14 @@ use std::{
 
 use arbitrary::Arbitrary;
 use caisson_vmm::{
-    devices::fs::{Fs, FsConfig, Workers},
+    devices::fs::{Fs, Workers},
     memory::GuestMem,
     virtio::{
         DeviceEvent, PollSource, VirtioDevice,
         mmio::{IrqLine, MmioTransport, TransportState, Watcher},
     },
 };
+use caisson_vmm_api::devices::FsConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 

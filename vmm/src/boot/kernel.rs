@@ -6,11 +6,11 @@ use std::{
     os::unix::fs::FileExt,
 };
 
+use caisson_vmm_api::config::Protocol;
 use linux_loader::loader::{
     self, KernelLoader, KernelLoaderResult, PvhBootCapability, bootparam::setup_header, bzimage::BzImage,
     elf::Elf,
 };
-use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{
@@ -23,17 +23,6 @@ use crate::memory::{
 const BZIMAGE_ENTRY_64: u64 = 0x200;
 /// `XLF_KERNEL_64` in the setup header's `xloadflags`: the 64-bit entry point exists.
 const XLF_KERNEL_64: u16 = 1;
-
-/// How the kernel is entered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Protocol {
-    /// Linux's 64-bit entry, in an ELF image or a bzImage.
-    #[default]
-    Linux,
-    /// PVH, in an ELF image that carries its note.
-    Pvh,
-}
 
 /// Where and in which processor mode the kernel starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,14 +4,13 @@
 //! Every processor that the machine may ever have is listed as enabled: Linux counts only those as possible.
 //! With `maxcpus=` on its command line it starts just the first ones and leaves the others parked.
 
+use caisson_vmm_api::config::MAX_PROCESSORS;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::memory::layout::{IOAPIC, LAPIC, MP_TABLE, MP_TABLE_MAX};
 
 /// Interrupt lines of the I/O APIC.
 pub const IOAPIC_PINS: u8 = 24;
-/// As many processors as 8-bit APIC ids can name beside the I/O APIC (255 is the broadcast id).
-pub const MAX_PROCESSORS: u8 = 254;
 
 const SPEC_REVISION: u8 = 4;
 /// The version register of KVM's local APIC.

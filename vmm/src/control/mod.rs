@@ -2,21 +2,12 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`protocol`] | requests, responses, events: JSON, one message a packet, versioned |
-//! | [`socket`] | packets with descriptors on a unix socket |
 //! | `server` | the connections of a running machine |
-//! | [`client`] | the typed client |
 //! | [`supervisor`] | the event loop that ties a machine and its controllers together |
 //!
-//! The socket is of type `SOCK_SEQPACKET`, made by whoever starts the process (one end of a pair, or one that
-//! listens) or from the machine file. A request may carry descriptors (`SCM_RIGHTS`); in its file names,
-//! `fd:0` is the first of them.
+//! Its protocol and its client are [`caisson_vmm_api::control`].
 
-pub mod client;
-pub mod protocol;
 mod server;
-pub mod socket;
 pub mod supervisor;
 
-pub use client::Client;
 pub use supervisor::Supervisor;

@@ -7,12 +7,12 @@ use std::{
     sync::Arc,
 };
 
-use vmm_sys_util::epoll::EventSet;
-
-use super::{
+use caisson_vmm_api::control::{
     protocol::{Failure, FailureKind, Message, Request, VERSION},
     socket::{self, MAX_MESSAGE, Packet},
 };
+use vmm_sys_util::epoll::EventSet;
+
 use crate::machine::poller::{Poller, Token};
 
 /// For how long nobody is let in when the process is out of descriptors, in milliseconds.
@@ -173,7 +173,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::control::protocol::{Command, Resize};
+    use caisson_vmm_api::{control::protocol::Command, control::protocol::Resize};
 
     #[test]
     fn a_request_that_came_in_part_is_answered() {

@@ -2,22 +2,25 @@
 
 use std::{error::Error, io, os::fd::OwnedFd, sync::Arc, time::Instant};
 
+use caisson_vmm_api::{
+    config::{ConfigError, DeviceConfig, MachineConfig},
+    control::protocol::{Command, Failure, FailureKind, Message, Reply, Resize},
+    exit::ExitReason,
+    jail::JailFileError,
+};
 use kvm_ioctls::Kvm;
 
-use super::{
-    protocol::{Command, Failure, FailureKind, Message, Reply, Resize},
-    server::{Controllers, Incoming},
-};
+use super::{server::Controllers, server::Incoming};
 use crate::{
-    boot::BootSource,
-    config::{ConfigError, DeviceConfig, MachineConfig},
+    boot::{BootSource, CommandLineError},
     devices::serial::ConsoleSink,
     jail::{self, JailError},
     machine::{
-        ExitReason, Machine, MachineError,
+        Machine, MachineError,
         poller::{Poller, Token},
         shares::Shares,
     },
+    machine_file,
     resources::{self, Access, Descriptors, ResourceError, Resources},
     seccomp,
     snapshot::{self, SnapshotError},
@@ -29,6 +32,9 @@ pub enum SupervisorError {
     /// The machine's description is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The kernel's command line does not fit, or has characters that it cannot have.
+    #[error("kernel.command_line")]
+    CommandLine(#[source] CommandLineError),
     /// Something that it names could not be opened.
     #[error(transparent)]
     Resource(#[from] ResourceError),
@@ -38,6 +44,9 @@ pub enum SupervisorError {
     /// Saving or restoring failed.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The jail's description.
+    #[error(transparent)]
+    JailFile(#[from] JailFileError),
     /// The process could not be jailed.
     #[error("jail")]
     Jail(#[from] JailError),
@@ -125,9 +134,9 @@ impl Supervisor {
             return Err(SupervisorError::State("there is a machine already"));
         }
         config.validate()?;
+        let command_line = machine_file::command_line(config).map_err(SupervisorError::CommandLine)?;
         let sink = ConsoleSink::new(resources.console.output, config.console.rate);
-        let mut machine = Machine::new(&self.kvm, config.shape(), self.poller.clone(), sink, self.birth)?;
-        let command_line = config.command_line().map_err(ConfigError::CommandLine)?;
+        let mut machine = Machine::new(&self.kvm, config.into(), self.poller.clone(), sink, self.birth)?;
         let source = BootSource {
             kernel: &resources.kernel,
             initramfs: resources.initramfs.as_ref(),

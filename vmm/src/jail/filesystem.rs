@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use caisson_vmm_api::jail::{JailConfig, SHARE, SOCKETS};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::{
@@ -19,12 +20,7 @@ use nix::{
     unistd::{chdir, pivot_root},
 };
 
-use super::{JailConfig, JailError, Share, step};
-
-/// Where the shared directory is, inside.
-pub const SHARE: &str = "/share";
-/// Where the directory with sockets is, inside.
-pub const SOCKETS: &str = "/sockets";
+use super::{JailError, Share, step};
 
 /// Where the new root is mounted until it is the root: any directory that exists on every host does.
 const SCAFFOLD: &str = "/dev";

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use caisson_vmm_api::jail::{JailConfig, SHARE};
 use caps::{CapSet, Capability, CapsHashSet};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
@@ -16,7 +17,7 @@ use nix::{
     unistd::{Gid, Uid, setgroups, setresgid, setresuid},
 };
 
-use super::{JailConfig, JailError, SHARE, step};
+use super::{JailError, step};
 
 /// What serving files with their owners takes, and no more: no mounts, no device nodes, no other namespace.
 /// (A file's capabilities that are set from a user namespace mean nothing outside of it.)

@@ -10,6 +10,7 @@ use std::{
     path::PathBuf,
 };
 
+use caisson_vmm_api::jail::SeccompMode;
 use caps::{CapSet, Capability};
 use nix::{
     errno::Errno,
@@ -131,7 +132,7 @@ fn confine(own: Option<Ids>, removes: bool) -> Result<(), JailError> {
     let keep: &[Capability] = if removes && own.is_some() { &remover } else { &[] };
     privileges::drop_all(ids, keep)?;
     caps::set(None, CapSet::Effective, &keep.iter().copied().collect()).map_err(JailError::Capabilities)?;
-    seccomp::apply(seccomp::Thread::Supervisor, seccomp::Mode::Kill).map_err(JailError::Seccomp)
+    seccomp::apply(seccomp::Thread::Supervisor, SeccompMode::Kill).map_err(JailError::Seccomp)
 }
 
 /// The signals by which the process outside is told to end.

@@ -21,6 +21,8 @@ use nix::{
     unistd::{Pid, pipe},
 };
 
+use caisson_vmm_api::jail::{SHARE, SeccompMode};
+
 use super::*;
 
 /// What a jailed process leaves behind.
@@ -200,7 +202,7 @@ fn exit_codes_and_signals_are_passed_on() {
     let outcome = killed.finish();
     assert!(matches!(outcome.status, WaitStatus::Signaled(_, Signal::SIGKILL, _)), "{:?}", outcome.status);
     let outcome = jailed(JailConfig::default(), |_, _| {
-        let _ = crate::seccomp::apply(crate::seccomp::Thread::Vcpu, crate::seccomp::Mode::Kill);
+        let _ = crate::seccomp::apply(crate::seccomp::Thread::Vcpu, SeccompMode::Kill);
         i32::from(File::open("/").is_ok())
     });
     assert!(matches!(outcome.status, WaitStatus::Signaled(_, Signal::SIGSYS, _)), "{:?}", outcome.status);

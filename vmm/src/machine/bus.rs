@@ -1,8 +1,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
+use caisson_vmm_api::exit::ExitReason;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ExitReason, slots::Slots};
+use super::slots::Slots;
 use crate::{
     devices::{exit::ExitPort, serial::Console},
     vcpu::Bus,

@@ -2,18 +2,19 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
+use caisson_vmm_api::devices::{BalloonConfig, BlockConfig, FsConfig, NetConfig, RngConfig, VsockConfig};
 use kvm_ioctls::VmFd;
 
 use crate::{
     devices::{
         DeviceState,
-        balloon::{Balloon, BalloonConfig},
-        block::{Block, BlockConfig, BlockError, BlockState},
-        fs::{Fs, FsConfig, FsError, FsState},
+        balloon::Balloon,
+        block::{Block, BlockError, BlockState},
+        fs::{Fs, FsError, FsState},
         mem::{HostRegion, KvmBlocks, MemoryConfig, MemoryDevice, MemoryError},
-        net::{Net, NetConfig, NetError, NetState},
-        rng::{HostEntropy, Rng, RngConfig, RngError},
-        vsock::{HostEnd, Vsock, VsockConfig, VsockError},
+        net::{Net, NetError, NetState},
+        rng::{HostEntropy, Rng, RngError},
+        vsock::{HostEnd, Vsock, VsockError},
     },
     machine::shares::Shares,
     memory::GuestRam,
@@ -191,10 +192,7 @@ const BLOCK_SIZE: u64 = 2 << 20;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        devices::{block::IoEngine, fs::CachePolicy},
-        rate_limiter::{Bucket, RateLimits},
-    };
+    use caisson_vmm_api::{devices::Bucket, devices::CachePolicy, devices::IoEngine, devices::RateLimits};
 
     #[test]
     fn what_the_guest_has_seen_of_a_restored_device_stays() {

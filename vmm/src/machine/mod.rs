@@ -3,7 +3,6 @@
 //! | module | owns |
 //! |---|---|
 //! | `bus` | which device answers at which address |
-//! | `exit` | why a machine ends |
 //! | `input` | what is typed on the console |
 //! | [`poller`] | the descriptors that the event loop watches |
 //! | [`slots`] | virtio-mmio slots and their wiring to KVM |
@@ -16,7 +15,6 @@
 
 mod bus;
 mod devices;
-mod exit;
 mod input;
 pub mod poller;
 mod processors;
@@ -26,9 +24,9 @@ pub mod slots;
 use std::{fs::File, io, os::fd::AsRawFd, sync::Arc, time::Instant};
 
 pub use bus::{End, MachineBus};
+use caisson_vmm_api::{config::MAX_SLOTS, exit::ExitReason};
 use devices::Workshop;
 pub use devices::{DeviceBuildError, OpenDevice};
-pub use exit::ExitReason;
 use input::ConsoleInput;
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_MEM_LOG_DIRTY_PAGES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
@@ -220,7 +218,7 @@ impl Machine {
         parts: BusParts<impl FnOnce(Arc<dyn IrqLine>) -> Result<Console, MachineError>>,
     ) -> Result<Self, MachineError> {
         check(kvm)?;
-        if shape.slots > slots::MAX_SLOTS {
+        if shape.slots > MAX_SLOTS {
             return Err(SlotError::TooMany(shape.slots).into());
         }
         let ram = Arc::new(ram);

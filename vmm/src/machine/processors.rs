@@ -1,11 +1,12 @@
 use std::sync::Arc;
 
+use caisson_vmm_api::config::MAX_PROCESSORS;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::MachineBus;
 use crate::{
-    boot::{Entry, mp_table::MAX_PROCESSORS},
+    boot::Entry,
     jail,
     memory::GuestRam,
     seccomp::Thread,

@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use caisson_vmm_api::config::MAX_SLOTS;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::{
     epoll::EventSet,
@@ -25,8 +26,6 @@ use crate::{
     },
 };
 
-/// As many slots as a kernel command line has room for beside everything else.
-pub const MAX_SLOTS: u8 = 32;
 /// The interrupts that slots use, over and over when there are more slots.
 const FIRST_GSI: u32 = 5;
 const LAST_GSI: u32 = 23;

@@ -11,9 +11,10 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use caisson_vmm_api::config::{Backing, HugePages};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
-use super::{Backing, Discard, GuestRam, HugePages, layout::PAGE_SIZE};
+use super::{Discard, GuestRam, layout::PAGE_SIZE};
 
 /// The size of a huge page.
 const HUGE: usize = 2 << 20;

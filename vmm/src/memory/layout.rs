@@ -61,9 +61,6 @@ pub const IOAPIC: u32 = 0xfec0_0000;
 /// that a guest of this VMM can choose.
 pub const HOTPLUG_ALIGN: u64 = 1 << 31;
 
-/// The most memory at boot, and the most that can be plugged later: 1 TiB each.
-pub const MAX_SIZE: u64 = 1 << 40;
-
 /// The start and length of each region of boot memory.
 #[must_use]
 pub fn boot_regions(size: u64) -> Vec<(u64, u64)> {

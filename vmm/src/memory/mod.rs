@@ -8,7 +8,7 @@ pub mod layout;
 
 use std::{io, sync::Arc};
 
-pub use ram::{Backing, GuestRam, HugePages, RamConfig, RamError, Range, Slot};
+pub use ram::{GuestRam, RamConfig, RamError, Range, Slot};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 

@@ -2,6 +2,7 @@
 
 use std::{fs::File, io, os::unix::fs::MetadataExt, sync::Arc};
 
+use caisson_vmm_api::config::{Backing, HugePages, MAX_MEMORY};
 use serde::{Deserialize, Serialize};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
@@ -9,31 +10,6 @@ use vm_memory::{
 };
 
 use super::{GuestMem, discard::Split, layout};
-
-/// How pages of guest memory are allocated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Backing {
-    /// Private anonymous memory.
-    #[default]
-    Anonymous,
-    /// A memory file, so that another process may be handed the guest's memory.
-    Memfd,
-}
-
-/// Whether guest memory uses huge pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum HugePages {
-    /// Only as the host's own policy has it.
-    Off,
-    /// Ask for transparent huge pages. A guest's boot touches almost all of what it touches at all close
-    /// together: a fault for each 2 MiB instead of each 4 KiB saves a third of all instructions of a boot.
-    #[default]
-    Transparent,
-    /// Take 2 MiB pages from the host's pool.
-    Reserved,
-}
 
 /// What memory to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,7 +27,7 @@ pub struct RamConfig {
 impl RamConfig {
     /// Checks what may come from a file: sums of sizes that pass do not overflow.
     fn check(&self) -> Result<(), RamError> {
-        let possible = |size: u64| size <= layout::MAX_SIZE && size.is_multiple_of(layout::PAGE_SIZE);
+        let possible = |size: u64| size <= MAX_MEMORY && size.is_multiple_of(layout::PAGE_SIZE);
         match [self.size, self.hotplug].into_iter().find(|size| !possible(*size)) {
             None if self.size == 0 => Err(RamError::Size(0)),
             None => Ok(()),

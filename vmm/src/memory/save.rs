@@ -124,7 +124,8 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::memory::{Backing, Discard, HugePages, RamConfig};
+    use crate::{memory::Discard, memory::RamConfig};
+    use caisson_vmm_api::{config::Backing, config::HugePages};
 
     fn config(backing: Backing) -> RamConfig {
         RamConfig { size: 8 << 20, hotplug: 0, backing, huge_pages: HugePages::Off }

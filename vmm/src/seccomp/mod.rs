@@ -7,7 +7,7 @@
 //! Arguments are looked at where the number of a call says too little: requests of ioctl, protection of
 //! mappings, families of sockets, flags of clone. Memory can never be made executable.
 //!
-//! To find out what a filter lacks, run with [`Mode::Log`]: the kernel then lets everything pass and writes
+//! To find out what a filter lacks, run with [`SeccompMode::Log`]: the kernel then lets everything pass and writes
 //! what it would have killed to the audit log (`journalctl -k`, lines with `type=1326` and `syscall=`).
 
 mod filters;
@@ -16,6 +16,7 @@ mod tests;
 
 use std::collections::{BTreeMap, btree_map::Entry};
 
+use caisson_vmm_api::jail::SeccompMode;
 use filters::Check;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -36,18 +37,6 @@ pub enum Thread {
     Fs,
     /// The process outside the jail, which waits for the one inside.
     Supervisor,
-}
-
-/// What happens to a call that is not in the filter.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// The process ends with SIGSYS.
-    #[default]
-    Kill,
-    /// It passes, and is logged by the kernel. For finding out what is missing, never for running a guest
-    /// that is not trusted.
-    Log,
 }
 
 /// A filter that could not be made or installed.
@@ -77,7 +66,7 @@ pub enum SeccompError {
 ///
 /// # Errors
 /// When the kernel has no seccomp, or refuses the filter.
-pub fn apply(thread: Thread, mode: Mode) -> Result<(), SeccompError> {
+pub fn apply(thread: Thread, mode: SeccompMode) -> Result<(), SeccompError> {
     let install = |source| SeccompError::Install { thread, source };
     if thread == Thread::Devices {
         apply_filter(&refusals(thread)?).map_err(install)?;
@@ -95,7 +84,7 @@ pub fn allowed_calls(thread: Thread) -> Vec<i64> {
     numbers
 }
 
-fn compile(thread: Thread, mode: Mode) -> Result<BpfProgram, SeccompError> {
+fn compile(thread: Thread, mode: SeccompMode) -> Result<BpfProgram, SeccompError> {
     let error = |source| SeccompError::Compile { thread, source };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for (number, check) in filters::of(thread) {
@@ -110,8 +99,8 @@ fn compile(thread: Thread, mode: Mode) -> Result<BpfProgram, SeccompError> {
         }
     }
     let otherwise = match mode {
-        Mode::Kill => SeccompAction::KillProcess,
-        Mode::Log => SeccompAction::Log,
+        SeccompMode::Kill => SeccompAction::KillProcess,
+        SeccompMode::Log => SeccompAction::Log,
     };
     program(rules, otherwise, SeccompAction::Allow).map_err(error)
 }

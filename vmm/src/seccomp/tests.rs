@@ -29,7 +29,7 @@ fn in_child(body: impl FnOnce() -> bool) -> WaitStatus {
 }
 
 fn survives(thread: Thread, body: impl FnOnce() -> bool) -> bool {
-    let ended = in_child(|| apply(thread, Mode::Kill).is_ok() && body());
+    let ended = in_child(|| apply(thread, SeccompMode::Kill).is_ok() && body());
     match ended {
         WaitStatus::Exited(_, 0) => true,
         WaitStatus::Signaled(_, Signal::SIGSYS, _) => false,
@@ -142,7 +142,7 @@ fn the_main_thread_starts_threads_and_no_processes() {
     assert!(survives(Thread::Devices, || {
         let thread = std::thread::Builder::new()
             .name("vcpu0".into())
-            .spawn(|| apply(Thread::Vcpu, Mode::Kill).is_ok())
+            .spawn(|| apply(Thread::Vcpu, SeccompMode::Kill).is_ok())
             .unwrap();
         thread.join().unwrap()
     }));
@@ -152,8 +152,9 @@ fn the_main_thread_starts_threads_and_no_processes() {
 
 #[test]
 fn log_mode_lets_pass() {
-    let ended =
-        in_child(|| apply(Thread::Vcpu, Mode::Log).is_ok() && std::fs::File::open("/dev/null").is_ok());
+    let ended = in_child(|| {
+        apply(Thread::Vcpu, SeccompMode::Log).is_ok() && std::fs::File::open("/dev/null").is_ok()
+    });
     assert!(matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
 }
 
@@ -163,7 +164,7 @@ fn the_supervisor_can_wait_and_end() {
     let ended = in_child(|| match unsafe { fork() }.unwrap() {
         ForkResult::Child => std::process::exit(7),
         ForkResult::Parent { child } => {
-            apply(Thread::Supervisor, Mode::Kill).is_ok()
+            apply(Thread::Supervisor, SeccompMode::Kill).is_ok()
                 && matches!(waitpid(child, None), Ok(WaitStatus::Exited(_, 7)))
                 && {
                     eprintln!("the supervisor may say something");

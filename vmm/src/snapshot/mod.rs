@@ -27,12 +27,12 @@ use std::{
     time::Instant,
 };
 
+use caisson_vmm_api::control::protocol::RestoreCommand;
 pub use format::FormatError;
 use kvm_ioctls::Kvm;
 pub use state::MachineState;
 
 use crate::{
-    control::protocol::RestoreCommand,
     devices::serial::ConsoleSink,
     machine::{Machine, MachineError, OpenDevice, ProcessorError, poller::Poller, shares::Shares},
     memory::RamError,

@@ -97,7 +97,8 @@ impl MachineState {
     /// A state with nothing in it.
     #[cfg(test)]
     pub(super) fn empty_for_tests() -> Self {
-        use crate::memory::{Backing, HugePages, RamConfig};
+        use crate::memory::RamConfig;
+        use caisson_vmm_api::{config::Backing, config::HugePages};
         let ram =
             RamConfig { size: 1 << 20, hotplug: 0, backing: Backing::Anonymous, huge_pages: HugePages::Off };
         Self {

@@ -8,6 +8,7 @@ use std::{
     thread::JoinHandle,
 };
 
+use caisson_vmm_api::exit::ExitReason;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::Killable;
 
@@ -15,7 +16,6 @@ use super::{
     VcpuError,
     kick::{self, Kickable},
 };
-use crate::machine::ExitReason;
 
 /// Small, since the thread does no more than look up a register: less than it takes to serve a device.
 const STACK_SIZE: usize = 128 << 10;

@@ -18,9 +18,9 @@ mod tests;
 
 use std::{os::fd::AsRawFd, sync::Arc};
 
+use caisson_vmm_api::devices::BalloonConfig;
 pub use metrics::BalloonMetrics;
 use queue::PageList;
-use serde::{Deserialize, Serialize};
 pub use state::BalloonState;
 pub use statistics::Statistics;
 use virtio_bindings::{
@@ -61,41 +61,21 @@ const ACTUAL_OFFSET: u64 = 4;
 /// Token of the source by which the device goes on with a queue that it left unfinished.
 const AGAIN: u32 = 0;
 
-/// How the balloon is set up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct BalloonConfig {
-    /// The size that the driver is asked for from the start, in pages of 4 KiB.
-    pub target_pages: u32,
-    /// The driver may take pages back when the guest is short of memory.
-    pub deflate_on_oom: bool,
-    /// The driver reports free pages, which go back to the host at once.
-    pub free_page_reporting: bool,
-    /// The driver answers questions about the guest's memory.
-    pub statistics: bool,
+/// The features that are offered.
+fn features(config: BalloonConfig) -> u64 {
+    let optional = [
+        (config.statistics, F_STATS_VQ),
+        (config.deflate_on_oom, F_DEFLATE_ON_OOM),
+        (config.free_page_reporting, F_PAGE_REPORTING),
+    ];
+    let base =
+        (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_RING_F_EVENT_IDX) | (1 << VIRTIO_RING_F_INDIRECT_DESC);
+    optional.iter().filter(|(on, _)| *on).fold(base, |features, (_, bit)| features | bit)
 }
 
-impl Default for BalloonConfig {
-    fn default() -> Self {
-        Self { target_pages: 0, deflate_on_oom: true, free_page_reporting: true, statistics: true }
-    }
-}
-
-impl BalloonConfig {
-    fn features(self) -> u64 {
-        let optional = [
-            (self.statistics, F_STATS_VQ),
-            (self.deflate_on_oom, F_DEFLATE_ON_OOM),
-            (self.free_page_reporting, F_PAGE_REPORTING),
-        ];
-        let base =
-            (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_RING_F_EVENT_IDX) | (1 << VIRTIO_RING_F_INDIRECT_DESC);
-        optional.iter().filter(|(on, _)| *on).fold(base, |features, (_, bit)| features | bit)
-    }
-
-    fn queues(self) -> usize {
-        2 + usize::from(self.statistics) + usize::from(self.free_page_reporting)
-    }
+/// How many queues there are.
+fn queue_count(config: BalloonConfig) -> usize {
+    2 + usize::from(config.statistics) + usize::from(config.free_page_reporting)
 }
 
 /// What a queue is for. Queues of features that were not negotiated do not exist: those after them move up
@@ -153,7 +133,7 @@ impl Balloon {
         Ok(Self {
             config,
             discard,
-            queue_sizes: vec![QUEUE_SIZE; config.queues()],
+            queue_sizes: vec![QUEUE_SIZE; queue_count(config)],
             target_pages: config.target_pages,
             actual_pages: 0,
             statistics: Statistics::default(),
@@ -275,7 +255,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn features(&self) -> u64 {
-        self.config.features()
+        features(self.config)
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -1,6 +1,6 @@
+use caisson_vmm_api::devices::BalloonConfig;
 use serde::{Deserialize, Serialize};
 
-use super::BalloonConfig;
 use crate::virtio::SavedQueue;
 
 /// The balloon in a snapshot. The pages in it are holes in the saved memory.

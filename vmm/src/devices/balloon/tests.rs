@@ -50,7 +50,7 @@ impl Bench {
         let discarded = Arc::new(Recorder::default());
         let mut balloon = Balloon::new(config, discarded.clone()).unwrap();
         let queues: Vec<_> =
-            (0..).take(config.queues()).map(|i| MockQueue::new(&mem, i * 0x1000, 16)).collect();
+            (0..).take(queue_count(config)).map(|i| MockQueue::new(&mem, i * 0x1000, 16)).collect();
         let interrupt = CountingInterrupt::new();
         balloon
             .activate(Activation {
@@ -65,7 +65,7 @@ impl Bench {
 
     fn full() -> Self {
         let config = BalloonConfig::default();
-        Self::new(config, config.features())
+        Self::new(config, features(config))
     }
 
     /// Puts page numbers in a queue, and lets the device look.
@@ -132,7 +132,7 @@ fn reported_ranges_are_discarded_in_whole_pages() {
 #[test]
 fn queues_move_up_when_statistics_are_declined() {
     let config = BalloonConfig::default();
-    let mut bench = Bench::new(config, config.features() & !F_STATS_VQ);
+    let mut bench = Bench::new(config, features(config) & !F_STATS_VQ);
     bench.queues[2].add(&[Buffer::writable(0x1_0000, 0x1000)]);
     bench.balloon.process(DeviceEvent::Queue(2)).unwrap();
     assert_eq!(bench.discarded.take(), [(0x1_0000, 0x1000)]);
@@ -250,7 +250,7 @@ fn the_first_two_queues_are_required() {
 }
 
 fn balloon_features() -> u64 {
-    BalloonConfig::default().features()
+    features(BalloonConfig::default())
 }
 
 #[test]

@@ -1,7 +1,3 @@
-use serde::{Deserialize, Serialize};
-
-use crate::rate_limiter::RateLimits;
-
 /// Bytes in a sector: the unit of every position and length in the protocol, whatever the logical block size.
 pub(super) const SECTOR: u64 = 512;
 /// Entries of each queue.
@@ -16,56 +12,6 @@ pub(super) const MAX_RANGES: u32 = 16;
 pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 /// The longest range to write zeros to: 16 MiB, as it may have to be written out.
 pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
-
-/// What does the reading and writing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum IoEngine {
-    /// A worker thread with plain system calls. Works everywhere.
-    #[default]
-    Sync,
-    /// The kernel's io_uring(7), locked down to this disk's files and to reading, writing, syncing and
-    /// allocating.
-    IoUring,
-}
-
-/// When written data is safe.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CacheMode {
-    /// Once the guest has flushed, as with any disk that has a cache.
-    #[default]
-    Writeback,
-    /// Once the request is complete. The guest is told that there is no cache to flush.
-    Writethrough,
-    /// Never: a flush does nothing. For scratch disks that do not outlive their pod.
-    Unsafe,
-}
-
-/// A disk in the machine file. Its files come as descriptors beside it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct BlockConfig {
-    /// What the guest reads as the disk's serial (`/dev/disk/by-id/virtio-<id>`): at most 20 bytes.
-    pub id: String,
-    /// The guest cannot write. The descriptors must have been opened read-only.
-    pub read_only: bool,
-    /// What does the reading and writing.
-    pub engine: IoEngine,
-    /// When written data is safe.
-    pub cache: CacheMode,
-    /// Request queues, 1 to 8; 0 means 1. More than one pays only with more than one vCPU.
-    pub queues: u16,
-    /// Limits on requests and on the bytes that they read or write.
-    pub rate_limits: RateLimits,
-}
-
-impl BlockConfig {
-    /// Request queues that the disk has.
-    pub fn queue_count(&self) -> u16 {
-        self.queues.max(1)
-    }
-}
 
 /// The configuration space (VIRTIO 1.3, section 5.2.4).
 #[derive(Clone, Copy, Debug)]

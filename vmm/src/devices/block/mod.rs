@@ -27,6 +27,7 @@ use std::{
     sync::Arc,
 };
 
+use caisson_vmm_api::devices::{BlockConfig, CacheMode, IoEngine};
 use virtio_bindings::{
     virtio_blk::{
         VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -42,10 +43,8 @@ use vmm_sys_util::{
 };
 
 pub use self::{
-    config::{BlockConfig, CacheMode, ID_BYTES, IoEngine, MAX_QUEUES, QUEUE_SIZE},
-    disk::{DiskError, MAX_FILES},
-    metrics::BlockMetrics,
-    state::BlockState,
+    config::ID_BYTES, config::MAX_QUEUES, config::QUEUE_SIZE, disk::DiskError, disk::MAX_FILES,
+    metrics::BlockMetrics, state::BlockState,
 };
 use self::{
     config::{ConfigSpace, SECTOR},

@@ -1,6 +1,6 @@
+use caisson_vmm_api::devices::BlockConfig;
 use serde::{Deserialize, Serialize};
 
-use super::BlockConfig;
 use crate::virtio::SavedQueue;
 
 /// A disk in a snapshot. Its files are not in it: whoever restores opens them again.

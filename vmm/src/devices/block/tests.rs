@@ -5,6 +5,7 @@ use std::{
     path::Path,
 };
 
+use caisson_vmm_api::devices::{Bucket, RateLimits};
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
@@ -14,10 +15,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::{
-    rate_limiter::{Bucket, RateLimits},
-    virtio::mock::{Buffer, CountingInterrupt, MockQueue},
-};
+use crate::virtio::mock::{Buffer, CountingInterrupt, MockQueue};
 
 const ENGINES: [IoEngine; 2] = [IoEngine::Sync, IoEngine::IoUring];
 const HEADER: u64 = 0x8000;

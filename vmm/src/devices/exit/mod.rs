@@ -12,6 +12,7 @@ use std::{
     time::Instant,
 };
 
+use caisson_vmm_api::exit::ExitReason;
 use serde::{Deserialize, Serialize};
 
 /// The port by which the guest ends the machine.
@@ -108,6 +109,16 @@ impl ExitPort {
             .zip(&self.phases)
             .filter_map(|(phase, cell)| Some((phase, cell.load(Ordering::Relaxed).checked_sub(1)?)))
             .collect()
+    }
+}
+
+impl From<GuestRequest> for ExitReason {
+    fn from(request: GuestRequest) -> Self {
+        match request {
+            GuestRequest::PowerOff => Self::PowerOff,
+            GuestRequest::Reboot => Self::Reboot,
+            GuestRequest::Panic => Self::Panic,
+        }
     }
 }
 

@@ -30,6 +30,7 @@ use std::{
     },
 };
 
+use caisson_vmm_api::devices::FsConfig;
 use fuse_backend_rs::api::server::Server;
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
@@ -43,10 +44,8 @@ use vmm_sys_util::{
 
 use self::passthrough::Passthrough;
 pub use self::{
-    config::{CachePolicy, FsConfig, MAX_QUEUES, QUEUE_SIZE, TAG_BYTES},
-    metrics::{FsMetrics, Operations},
-    state::FsState,
-    worker::Workers,
+    config::MAX_QUEUES, config::QUEUE_SIZE, config::TAG_BYTES, metrics::FsMetrics, metrics::Operations,
+    state::FsState, worker::Workers,
 };
 use super::{DeviceMetrics, DeviceState};
 use crate::{
@@ -265,7 +264,7 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.config.space();
+        let space = config::space(&self.config);
         let from = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
         data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }

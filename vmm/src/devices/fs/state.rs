@@ -1,6 +1,6 @@
+use caisson_vmm_api::devices::FsConfig;
 use serde::{Deserialize, Serialize};
 
-use super::FsConfig;
 use crate::virtio::SavedQueue;
 
 /// A shared directory in a snapshot, which can only be taken while the guest has it not mounted: what a guest holds

@@ -23,6 +23,7 @@ mod tx;
 
 use std::{fmt, io, os::fd::AsRawFd, os::fd::OwnedFd, sync::Arc};
 
+use caisson_vmm_api::devices::NetConfig;
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS},
@@ -35,11 +36,8 @@ use vmm_sys_util::{
 };
 
 pub use self::{
-    backend::{NetBackend, Tap, TapError},
-    config::{MAX_FRAME, MIN_MTU, MacAddress, MacError, NetConfig, QUEUE_SIZE},
-    header::{HEADER, Offloads},
-    metrics::NetMetrics,
-    state::NetState,
+    backend::NetBackend, backend::Tap, backend::TapError, config::MAX_FRAME, config::MIN_MTU,
+    config::QUEUE_SIZE, header::HEADER, header::Offloads, metrics::NetMetrics, state::NetState,
 };
 use self::{
     rx::{Negotiated, Receiver},

@@ -1,6 +1,6 @@
+use caisson_vmm_api::devices::NetConfig;
 use serde::{Deserialize, Serialize};
 
-use super::NetConfig;
 use crate::virtio::SavedQueue;
 
 /// A network card in a snapshot. Frames that were on their way are not in it.

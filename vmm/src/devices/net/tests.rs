@@ -3,6 +3,7 @@ use std::{
     os::{fd::RawFd, unix::net::UnixDatagram},
 };
 
+use caisson_vmm_api::devices::{Bucket, MacAddress, MacError, NetConfig, RateLimits};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -14,7 +15,6 @@ use super::{
 };
 use crate::{
     memory::GuestMem,
-    rate_limiter::{Bucket, RateLimits},
     virtio::{
         buffers::GuestBuffers,
         mock::{Buffer, CountingInterrupt, MockQueue},

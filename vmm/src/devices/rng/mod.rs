@@ -13,9 +13,9 @@ mod tests;
 
 use std::{io, sync::Arc};
 
+use caisson_vmm_api::devices::RngConfig;
 pub use metrics::RngMetrics;
 pub use queue::MAX_CHUNK;
-use serde::{Deserialize, Serialize};
 pub use state::RngState;
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
@@ -30,7 +30,7 @@ use vmm_sys_util::{
 use super::{DeviceMetrics, DeviceState};
 use crate::{
     memory::GuestMem,
-    rate_limiter::{Bucket, RateLimitError, RateLimiter, RateLimits},
+    rate_limiter::{RateLimitError, RateLimiter},
     virtio::{
         ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Drained, Interrupt, PollSource,
         SavedQueue, VirtioDevice,
@@ -44,22 +44,6 @@ const QUEUE_SIZES: [u16; 1] = [64];
 const AGAIN: u32 = 0;
 /// Token of the rate limiter's timer.
 const TIMER: u32 = 1;
-
-/// How the entropy device is set up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct RngConfig {
-    /// How fast the guest may draw entropy. Every request counts as [`MAX_CHUNK`] bytes, however little it asks
-    /// for. By default 256 KiB a second, with bursts of as much: 256 requests.
-    pub rate: RateLimits,
-}
-
-impl Default for RngConfig {
-    fn default() -> Self {
-        let bucket = Bucket { size: 256 << 10, refill_ms: 1000, initial_burst: 0 };
-        Self { rate: RateLimits { bytes: Some(bucket), operations: None } }
-    }
-}
 
 /// Where random bytes come from.
 pub trait Entropy: Send + 'static {

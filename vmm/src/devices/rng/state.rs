@@ -1,6 +1,6 @@
+use caisson_vmm_api::devices::RngConfig;
 use serde::{Deserialize, Serialize};
 
-use super::RngConfig;
 use crate::virtio::SavedQueue;
 
 /// The entropy device in a snapshot.

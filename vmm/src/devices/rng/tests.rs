@@ -1,3 +1,4 @@
+use caisson_vmm_api::devices::{Bucket, RateLimits, RngConfig};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 

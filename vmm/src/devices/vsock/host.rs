@@ -23,12 +23,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use caisson_vmm_api::descriptor_passing;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
     socketpair,
 };
-
-use crate::passing;
 
 /// Finds the host's end of a connection that the guest opens.
 pub trait Dialer: Send {
@@ -148,7 +147,7 @@ impl DialReceiver {
     pub fn accept(&self) -> io::Result<Option<(u32, UnixStream)>> {
         loop {
             let mut port = [0; 4];
-            let received = passing::receive(self.socket.as_fd(), &mut port, 0)?;
+            let received = descriptor_passing::receive(self.socket.as_fd(), &mut port, 0)?;
             let (length, mut streams) = (received.len, received.descriptors);
             match streams.pop() {
                 Some(stream) if length == port.len() && streams.is_empty() && !received.truncated => {

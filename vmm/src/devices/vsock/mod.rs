@@ -45,7 +45,7 @@ pub use limits::{MAX_CONNECTIONS, Timeouts};
 pub use metrics::VsockMetrics;
 pub use state::VsockState;
 
-use serde::{Deserialize, Serialize};
+use caisson_vmm_api::devices::VsockConfig;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
@@ -66,14 +66,6 @@ const FEATURE_STREAM: u32 = 0;
 /// Receive, transmit, event. A guest keeps the receive queue full of buffers of 4 KiB, which is memory that it can't
 /// use otherwise.
 const QUEUE_SIZES: [u16; 3] = [64, 256, 16];
-
-/// What a vsock device is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockConfig {
-    /// The guest's address: 3 or more.
-    pub guest_cid: u32,
-}
 
 /// Why a device could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,6 @@
 //! A driver against the registers of a device that only remembers what was done to it.
 
+use caisson_vmm_api::devices::RngConfig;
 use std::{
     io,
     sync::{
@@ -88,7 +89,7 @@ impl VirtioDevice for Dummy {
         if let (true, Some(activation)) = (std::mem::take(&mut log.busy), &log.activation) {
             activation.interrupt.signal_queue(0);
         }
-        let config = rng::RngConfig::default();
+        let config = RngConfig::default();
         Ok(DeviceState::Rng(rng::RngState { config, queues: Vec::new() }))
     }
 

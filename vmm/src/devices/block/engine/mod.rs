@@ -8,8 +8,9 @@ mod uring;
 
 use std::{io, os::fd::RawFd};
 
+use caisson_vmm_api::devices::IoEngine;
+
 use self::{sync::SyncEngine, uring::UringEngine};
-use super::config::IoEngine;
 use crate::virtio::buffers::{GuestBuffers, MAX_BUFFERS};
 
 /// The most that is read or written by one system call. A request may be as long as 4 GiB, by naming the same

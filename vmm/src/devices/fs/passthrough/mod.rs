@@ -51,6 +51,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_vmm_api::devices::{CachePolicy, FsConfig};
 use fuse_backend_rs::{
     abi::fuse_abi::{ATTR_SUBMOUNT, CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV},
     api::filesystem::{
@@ -68,10 +69,7 @@ use self::{
     sys::errno,
     table::{Inode, Key, ROOT, Table},
 };
-use super::{
-    config::{CachePolicy, FsConfig},
-    worker::Workers,
-};
+use super::worker::Workers;
 
 /// The longest name in a directory (NAME_MAX).
 const MAX_NAME: usize = 255;

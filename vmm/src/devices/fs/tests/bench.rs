@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Barrier},
 };
 
+use caisson_vmm_api::{devices::FsConfig, jail::SeccompMode};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -96,7 +97,7 @@ impl Bench {
         for _ in 0..WORKERS {
             let barrier = barrier.clone();
             self.fs.workers.submit(Box::new(move || {
-                seccomp::apply(seccomp::Thread::Fs, seccomp::Mode::Kill).unwrap();
+                seccomp::apply(seccomp::Thread::Fs, SeccompMode::Kill).unwrap();
                 barrier.wait();
             }));
         }

@@ -2,7 +2,9 @@
 
 use std::{fs, os::unix::fs::MetadataExt, time::Duration};
 
-use super::{super::*, bench::*};
+use caisson_vmm_api::devices::{CachePolicy, FsConfig};
+
+use super::bench::*;
 
 const OPEN_KEEP_CACHE: u32 = 2;
 

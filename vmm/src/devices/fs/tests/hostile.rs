@@ -1,5 +1,6 @@
 //! Guests that mean harm.
 
+use caisson_vmm_api::devices::FsConfig;
 use proptest::prelude::*;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};

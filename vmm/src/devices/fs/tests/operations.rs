@@ -6,6 +6,8 @@ use std::{
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
 };
 
+use caisson_vmm_api::devices::FsConfig;
+
 use super::{super::*, bench::*};
 
 #[test]

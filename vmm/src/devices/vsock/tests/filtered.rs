@@ -12,7 +12,9 @@ use super::{
     super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_SEND},
     driver::{Guest, header},
 };
-use crate::seccomp::{Mode, Thread, apply};
+use caisson_vmm_api::jail::SeccompMode;
+
+use crate::seccomp::{Thread, apply};
 
 #[test]
 fn the_filter_lets_all_pass_that_the_device_does() {
@@ -21,7 +23,7 @@ fn the_filter_lets_all_pass_that_the_device_does() {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            apply(Thread::Devices, Mode::Kill).unwrap();
+            apply(Thread::Devices, SeccompMode::Kill).unwrap();
             // Nobody can be dialled by a path here, which is no more than a refused connection.
             guest.send(header(Op::Request, 9, 80), &[]);
             guest.expect(Op::Rst);

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{DeviceConfig, FileSource, MachineConfig},
-    machine::ExitReason,
+    exit::ExitReason,
 };
 
 /// Why a request got no answer, or not the one that was hoped for.

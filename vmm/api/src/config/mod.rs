@@ -25,30 +25,27 @@
 //! errors, and every error names the field that is at fault.
 
 mod device;
+mod machine_options;
 mod source;
 
 use std::path::{Path, PathBuf};
 
 pub use device::{BlockDevice, DeviceConfig, FsDevice, NetDevice, VsockDevice};
+pub use machine_options::{Backing, HugePages, Protocol};
 use serde::{Deserialize, Serialize};
 pub use source::FileSource;
 
-use crate::{
-    boot::{CommandLine, CommandLineError, Protocol, mp_table::MAX_PROCESSORS},
-    machine::{
-        MachineShape,
-        slots::{MAX_SLOTS, Slots},
-    },
-    memory::{
-        Backing, HugePages, RamConfig,
-        layout::{MAX_SIZE, MMIO_SLOT_SIZE},
-    },
-};
+/// The most memory at boot, and the most that can be plugged later, in bytes: 1 TiB each.
+pub const MAX_MEMORY: u64 = 1 << 40;
+/// As many processors as 8-bit APIC ids can name beside the I/O APIC (255 is the broadcast id).
+pub const MAX_PROCESSORS: u8 = 254;
+/// As many virtio-mmio slots as a kernel command line has room for beside everything else.
+pub const MAX_SLOTS: u8 = 32;
 
 /// The least memory in which a kernel can unpack itself, in MiB.
 const MIN_MEMORY_MIB: u64 = 16;
 /// The most memory, in MiB.
-const MAX_MEMORY_MIB: u64 = MAX_SIZE >> 20;
+const MAX_MEMORY_MIB: u64 = MAX_MEMORY >> 20;
 /// Linux plugs and unplugs memory in blocks of this many MiB.
 const HOTPLUG_BLOCK_MIB: u64 = 128;
 
@@ -210,9 +207,6 @@ pub enum ConfigError {
         /// What is wrong with it.
         what: String,
     },
-    /// The command line.
-    #[error("kernel.command_line")]
-    CommandLine(#[source] CommandLineError),
 }
 
 impl MachineConfig {
@@ -272,7 +266,7 @@ impl MachineConfig {
         if needed > usize::from(self.slots) {
             return value("slots", format!("{} slots for {needed} devices", self.slots));
         }
-        self.command_line().map(|_| ()).map_err(ConfigError::CommandLine)
+        Ok(())
     }
 
     /// The sockets that are made in the file system for this machine.
@@ -283,42 +277,6 @@ impl MachineConfig {
             _ => None,
         });
         self.control.socket.iter().cloned().chain(vsock).collect()
-    }
-
-    /// The sizes of the machine.
-    #[must_use]
-    pub fn shape(&self) -> MachineShape {
-        MachineShape {
-            ram: RamConfig {
-                size: self.memory.size_mib << 20,
-                hotplug: self.memory.hotplug_mib << 20,
-                backing: self.memory.backing,
-                huge_pages: self.memory.huge_pages,
-            },
-            max_processors: self.cpus.max,
-            slots: self.slots,
-        }
-    }
-
-    /// The kernel command line: the machine's own part, then the user's, which may override it.
-    ///
-    /// # Errors
-    /// When it would be too long, or has characters that it cannot have.
-    pub fn command_line(&self) -> Result<CommandLine, CommandLineError> {
-        let mut line = CommandLine::new()?;
-        // A failed kernel must end the machine: reboot by triple fault, at once after a panic.
-        line.push("panic=-1 reboot=t")?;
-        // With one processor online the kernel would take the lock prefixes out of itself, and put them back
-        // when the next one comes: thousands of rewritten instructions each time.
-        line.push("noreplace-smp")?;
-        // No PS/2 controller answers; looking for one takes a third of a second.
-        line.push("i8042.noaux i8042.nomux i8042.dumbkbd")?;
-        line.push(&format!("maxcpus={}", self.cpus.boot))?;
-        line.push(&self.kernel.command_line)?;
-        for slot in 0..self.slots {
-            line.push_mmio_slot(Slots::base(slot), MMIO_SLOT_SIZE, Slots::gsi(slot))?;
-        }
-        Ok(line)
     }
 }
 
@@ -357,14 +315,5 @@ mod tests {
             let error = config(text).unwrap_err();
             assert!(error.contains(field), "{field}: {error}");
         }
-        let long =
-            format!("[kernel]\nimage='/k'\ncommand_line='{}'\n[memory]\nsize_mib=128\n", "x".repeat(2048));
-        assert!(config(&long).unwrap_err().contains("kernel.command_line"));
-    }
-
-    #[test]
-    fn the_largest_machine_has_a_command_line_that_fits() {
-        let config = config(&format!("slots = {MAX_SLOTS}\n{LEAST}[cpus]\nmax = 254\n")).unwrap();
-        assert!(config.command_line().unwrap().len() < 1600);
     }
 }

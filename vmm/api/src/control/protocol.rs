@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{ConsoleConfig, DeviceConfig, FileSource, MachineConfig},
-    machine::ExitReason,
+    exit::ExitReason,
 };
 
 /// The protocol's version. A request of another version is refused.

@@ -1,10 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::FileSource;
-use crate::devices::{
-    balloon::BalloonConfig, block::BlockConfig, fs::FsConfig, net::NetConfig, rng::RngConfig,
-    vsock::VsockConfig,
-};
+use crate::devices::{BalloonConfig, BlockConfig, FsConfig, NetConfig, RngConfig, VsockConfig};
 
 /// A device in the machine file, or to be plugged.
 ///

@@ -14,8 +14,8 @@ use nix::sys::{
     stat::{Mode, umask},
 };
 
-pub use crate::passing::MAX_DESCRIPTORS;
-use crate::passing::{self, Received};
+pub use crate::descriptor_passing::MAX_DESCRIPTORS;
+use crate::descriptor_passing::{self, Received};
 
 /// The longest message.
 pub const MAX_MESSAGE: usize = 128 << 10;
@@ -114,7 +114,8 @@ pub struct Packet {
 pub fn receive(socket: BorrowedFd<'_>, wait: bool) -> io::Result<Option<Packet>> {
     let flags = if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
     let mut data = vec![0; next_length(socket, flags)?.min(MAX_MESSAGE)];
-    let Received { len, descriptors, truncated } = passing::receive(socket, &mut data, flags.bits())?;
+    let Received { len, descriptors, truncated } =
+        descriptor_passing::receive(socket, &mut data, flags.bits())?;
     if len == 0 && descriptors.is_empty() && !truncated {
         return Ok(None);
     }

@@ -1,6 +1,6 @@
-use serde::{Deserialize, Serialize};
+//! Why a machine has ended.
 
-use crate::devices::exit::GuestRequest;
+use serde::{Deserialize, Serialize};
 
 /// Why a machine has ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -39,16 +39,6 @@ impl ExitReason {
             Self::Panic => 11,
             Self::TripleFault => 12,
             Self::Fault(_) => 13,
-        }
-    }
-}
-
-impl From<GuestRequest> for ExitReason {
-    fn from(request: GuestRequest) -> Self {
-        match request {
-            GuestRequest::PowerOff => Self::PowerOff,
-            GuestRequest::Reboot => Self::Reboot,
-            GuestRequest::Panic => Self::Panic,
         }
     }
 }
