@@ -10,7 +10,7 @@ use caisson_vmm_api::{
 };
 use kvm_ioctls::Kvm;
 
-use super::{server::Controllers, server::Incoming};
+use super::server::{Controllers, Incoming};
 use crate::{
     boot::{BootSource, CommandLineError},
     devices::serial::ConsoleSink,

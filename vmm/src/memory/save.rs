@@ -124,7 +124,7 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::{memory::Discard, memory::RamConfig};
+    use crate::memory::{Discard, RamConfig};
     use caisson_vmm_api::{config::Backing, config::HugePages};
 
     fn config(backing: Backing) -> RamConfig {

@@ -6,7 +6,11 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use super::{SnapshotError, vcpu, vcpu::VcpuState, vm::VmState};
+use super::{
+    SnapshotError,
+    vcpu::{self, VcpuState},
+    vm::VmState,
+};
 use crate::{
     devices::serial::SavedSerial,
     machine::{Machine, MachineShape, OpenDevice},

@@ -42,15 +42,17 @@ use vmm_sys_util::{
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
 };
 
-pub use self::{
-    config::ID_BYTES, config::MAX_QUEUES, config::QUEUE_SIZE, disk::DiskError, disk::MAX_FILES,
-    metrics::BlockMetrics, state::BlockState,
-};
 use self::{
     config::{ConfigSpace, SECTOR},
     disk::Disk,
     engine::{Action, Completion, Engine, Operation},
     request::{Parsed, Request, Status, parse},
+};
+pub use self::{
+    config::{ID_BYTES, MAX_QUEUES, QUEUE_SIZE},
+    disk::{DiskError, MAX_FILES},
+    metrics::BlockMetrics,
+    state::BlockState,
 };
 use super::{DeviceMetrics, DeviceState};
 use crate::{

@@ -44,8 +44,10 @@ use vmm_sys_util::{
 
 use self::passthrough::Passthrough;
 pub use self::{
-    config::MAX_QUEUES, config::QUEUE_SIZE, config::TAG_BYTES, metrics::FsMetrics, metrics::Operations,
-    state::FsState, worker::Workers,
+    config::{MAX_QUEUES, QUEUE_SIZE, TAG_BYTES},
+    metrics::{FsMetrics, Operations},
+    state::FsState,
+    worker::Workers,
 };
 use super::{DeviceMetrics, DeviceState};
 use crate::{

@@ -36,8 +36,11 @@ use vmm_sys_util::{
 };
 
 pub use self::{
-    backend::NetBackend, backend::Tap, backend::TapError, config::MAX_FRAME, config::MIN_MTU,
-    config::QUEUE_SIZE, header::HEADER, header::Offloads, metrics::NetMetrics, state::NetState,
+    backend::{NetBackend, Tap, TapError},
+    config::{MAX_FRAME, MIN_MTU, QUEUE_SIZE},
+    header::{HEADER, Offloads},
+    metrics::NetMetrics,
+    state::NetState,
 };
 use self::{
     rx::{Negotiated, Receiver},

@@ -46,8 +46,10 @@ pub use metrics::VsockMetrics;
 pub use state::VsockState;
 
 use caisson_vmm_api::devices::VsockConfig;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::{
+    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+};
 use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 

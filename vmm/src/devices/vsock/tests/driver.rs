@@ -13,9 +13,9 @@ use caisson_vmm_api::devices::VsockConfig;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{
-    super::HostEnd, super::PathDialer, super::Timeouts, super::Vsock, super::packet::HEADER_LEN,
-    super::packet::HOST_CID, super::packet::Header, super::packet::Op, super::packet::TYPE_STREAM,
+use super::super::{
+    HostEnd, PathDialer, Timeouts, Vsock,
+    packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM},
 };
 use crate::{
     devices::{DeviceMetrics, vsock::VsockMetrics},

@@ -7,9 +7,11 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    super::HostEnd, super::MAX_CONNECTIONS, super::Vsock, super::VsockError, super::packet::HEADER_LEN,
-    super::packet::HOST_CID, super::packet::Header, super::packet::Op, super::packet::TYPE_STREAM,
-    driver::CID, driver::Guest, driver::header, driver::pattern,
+    super::{
+        HostEnd, MAX_CONNECTIONS, Vsock, VsockError,
+        packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM},
+    },
+    driver::{CID, Guest, header, pattern},
 };
 use crate::virtio::{
     DeviceError, DeviceEvent, VirtioDevice,
