@@ -1,12 +1,45 @@
 //! From the machine file to the machine: its sizes, and its kernel's command line.
 
-use caisson_vmm_api::config::MachineConfig;
+use std::path::Path;
+
+use caisson_vmm_api::config::{ConfigError, MachineConfig};
 
 use crate::{
     boot::{CommandLine, CommandLineError},
     machine::{MachineShape, slots::Slots},
     memory::{RamConfig, layout::MMIO_SLOT_SIZE},
 };
+
+/// What is wrong with a machine file.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineFileError {
+    /// It cannot be read, or has a value that no machine can have.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The command line.
+    #[error("kernel.command_line")]
+    CommandLine(#[source] CommandLineError),
+}
+
+/// Reads and checks a machine file.
+///
+/// # Errors
+/// See [`MachineFileError`].
+pub fn read(path: &Path) -> Result<MachineConfig, MachineFileError> {
+    let config = MachineConfig::from_file(path)?;
+    check(&config)?;
+    Ok(config)
+}
+
+/// Checks every value against what a machine can be, and returns the kernel's command line, which only the machine can
+/// put together.
+///
+/// # Errors
+/// The first field that is at fault.
+pub fn check(config: &MachineConfig) -> Result<CommandLine, MachineFileError> {
+    config.validate()?;
+    command_line(config).map_err(MachineFileError::CommandLine)
+}
 
 impl From<&MachineConfig> for MachineShape {
     fn from(config: &MachineConfig) -> Self {
@@ -68,6 +101,6 @@ mod tests {
     fn a_command_line_that_is_too_long_is_an_error() {
         let long = "x".repeat(2048);
         let config = config(&LEAST.replace("[memory]", &format!("command_line = '{long}'\n[memory]")));
-        assert!(command_line(&config).is_err());
+        assert!(check(&config).err().unwrap().to_string().contains("kernel.command_line"));
     }
 }

@@ -17,6 +17,7 @@ use caisson_vmm::{
     heap,
     jail::{Inherited, Jail, Side},
     machine::shares::Shares,
+    machine_file,
     resources::{self, Access, Descriptors, Resources},
     snapshot,
 };
@@ -90,7 +91,7 @@ fn run(arguments: &Arguments, birth: Instant) -> Result<ExitReason, SupervisorEr
         let socket = Descriptors::Inherited.open("--control-fd", &source, Access::ReadWrite)?;
         supervisor.control(socket.into())?;
     }
-    let config = arguments.config.as_deref().map(MachineConfig::from_file).transpose()?;
+    let config = arguments.config.as_deref().map(machine_file::read).transpose()?;
     let origin = Origin::open(arguments.restore.as_deref(), config.as_ref())?;
     // The last thing that is made in the host's view, so that nothing has to be undone when another fails.
     let socket = config.as_ref().and_then(|config| config.control.socket.as_deref());

@@ -8,9 +8,9 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|message: &[u8]| {
     let Ok(request) = serde_json::from_slice::<Request>(message) else { return };
     if let Command::Create(config) = &request.command
-        && config.validate().is_ok()
+        && machine_file::check(config).is_ok()
     {
-        let _ = machine_file::command_line(config);
+        machine_file::command_line(config).expect("a command line");
     }
     // What was understood is said again in the same words.
     let again = serde_json::to_vec(&request).expect("JSON");

@@ -9,9 +9,9 @@ fuzz_target!(|text: &str| {
     let parsed = [toml::from_str(text).ok(), serde_json::from_str(text).ok()];
     for config in parsed.into_iter().flatten() {
         let config: MachineConfig = config;
-        // What passes the check can be used: only a command line that is too long is found later.
-        if config.validate().is_ok() {
-            let _ = machine_file::command_line(&config);
+        // What passes the check must not fail where it is used.
+        if machine_file::check(&config).is_ok() {
+            machine_file::command_line(&config).expect("a command line");
             let _ = MachineShape::from(&config);
         }
     }

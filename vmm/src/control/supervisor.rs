@@ -3,7 +3,7 @@
 use std::{error::Error, io, os::fd::OwnedFd, sync::Arc, time::Instant};
 
 use caisson_vmm_api::{
-    config::{ConfigError, DeviceConfig, MachineConfig},
+    config::{DeviceConfig, MachineConfig},
     control::protocol::{Command, Failure, FailureKind, Message, Reply, Resize},
     exit::ExitReason,
     jail::JailFileError,
@@ -12,7 +12,7 @@ use kvm_ioctls::Kvm;
 
 use super::server::{Controllers, Incoming};
 use crate::{
-    boot::{BootSource, CommandLineError},
+    boot::BootSource,
     devices::serial::ConsoleSink,
     jail::{self, JailError},
     machine::{
@@ -20,7 +20,7 @@ use crate::{
         poller::{Poller, Token},
         shares::Shares,
     },
-    machine_file,
+    machine_file::{self, MachineFileError},
     resources::{self, Access, Descriptors, ResourceError, Resources},
     seccomp,
     snapshot::{self, SnapshotError},
@@ -31,10 +31,7 @@ use crate::{
 pub enum SupervisorError {
     /// The machine's description is wrong.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The kernel's command line does not fit, or has characters that it cannot have.
-    #[error("kernel.command_line")]
-    CommandLine(#[source] CommandLineError),
+    Config(#[from] MachineFileError),
     /// Something that it names could not be opened.
     #[error(transparent)]
     Resource(#[from] ResourceError),
@@ -133,8 +130,7 @@ impl Supervisor {
         if self.machine.is_some() {
             return Err(SupervisorError::State("there is a machine already"));
         }
-        config.validate()?;
-        let command_line = machine_file::command_line(config).map_err(SupervisorError::CommandLine)?;
+        let command_line = machine_file::check(config)?;
         let sink = ConsoleSink::new(resources.console.output, config.console.rate);
         let mut machine = Machine::new(&self.kvm, config.into(), self.poller.clone(), sink, self.birth)?;
         let source = BootSource {
@@ -247,7 +243,7 @@ impl Supervisor {
     fn obey(&mut self, command: Command, descriptors: &Descriptors) -> Result<Reply, SupervisorError> {
         match command {
             Command::Create(config) => {
-                config.validate()?;
+                machine_file::check(&config)?;
                 let resources = Resources::open(&config, descriptors)?;
                 self.create(&config, resources)?;
             }
