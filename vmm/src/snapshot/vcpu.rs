@@ -75,9 +75,7 @@ impl VcpuState {
     pub(super) fn restore(&self, vcpu: &VcpuFd) -> Result<(), SnapshotError> {
         // A state file is not believed: it has no more than a new processor could be given.
         refuse_nesting(&self.sregs)?;
-        let allowed = only_allowed(&self.cpuid);
-        let cpuid = CpuId::from_entries(&allowed).map_err(|_| SnapshotError::Table("CPUID"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(failed("restoring CPUID"))?;
+        vcpu.set_cpuid2(&cpuid_table(&self.cpuid)?).map_err(failed("restoring CPUID"))?;
         if let Some(khz) = self.tsc_khz
             && vcpu.get_tsc_khz().ok() != Some(khz)
         {
@@ -98,6 +96,11 @@ impl VcpuState {
         let _ = vcpu.kvmclock_ctrl();
         Ok(())
     }
+}
+
+/// The CPUID table of a state file, as far as a guest may see it.
+fn cpuid_table(saved: &[kvm_cpuid_entry2]) -> Result<CpuId, SnapshotError> {
+    CpuId::from_entries(&only_allowed(saved)).map_err(|_| SnapshotError::Table("CPUID"))
 }
 
 /// Refuses registers in which the guest had turned nested virtualization on, as only a forged file has them.
@@ -184,6 +187,25 @@ mod tests {
         let mut values = vec![(MSR_TSC_DEADLINE, 0), (0x1a0, 1), (MSR_TSC, 1000), (0x2ff, 2)];
         settle_timer(&mut values);
         assert_eq!(values, [(MSR_TSC, 1000), (0x1a0, 1), (0x2ff, 2), (MSR_TSC_DEADLINE, 1000)]);
+    }
+
+    #[test]
+    fn cpuid_of_a_state_file_passes_the_same_list_as_at_boot() {
+        let all_ones = |function| kvm_cpuid_entry2 {
+            function,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        };
+        let saved = [1, 0xa, 0x8000_0001, 0x8000_000a].map(all_ones);
+        let restored = cpuid_table(&saved).unwrap();
+        assert_eq!(restored.as_slice(), only_allowed(&saved));
+        let (functions, ecx): (Vec<_>, Vec<_>) =
+            restored.as_slice().iter().map(|entry| (entry.function, entry.ecx)).unzip();
+        assert_eq!(functions, [1, 0x8000_0001]);
+        assert_eq!((ecx[0] & (1 << 5), ecx[1] & (1 << 2)), (0, 0), "VMX and SVM");
     }
 
     #[test]
