@@ -30,7 +30,6 @@ use caisson_vmm::{
     resources::{self, Descriptors, Resources},
 };
 use caisson_vmm_api::{config::MachineConfig, devices::VsockConfig};
-
 use nix::sys::{
     socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, socket, sockopt},
     time::{TimeVal, TimeValLike},

@@ -15,7 +15,6 @@ pub mod params;
 use std::fs::File;
 
 use caisson_vmm_api::config::Protocol;
-
 pub use command_line::{CommandLine, CommandLineError};
 pub use kernel::{Entry, KernelError};
 pub use mp_table::MpTableError;

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use caisson_vmm_api::jail::{SHARE, SeccompMode};
 use nix::{
     sys::{
         signal::{Signal, kill},
@@ -20,8 +21,6 @@ use nix::{
     },
     unistd::{Pid, pipe},
 };
-
-use caisson_vmm_api::jail::{SHARE, SeccompMode};
 
 use super::*;
 

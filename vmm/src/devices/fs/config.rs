@@ -1,3 +1,5 @@
+use caisson_vmm_api::devices::FsConfig;
+
 /// Bytes of the tag in the configuration space.
 pub const TAG_BYTES: usize = 36;
 /// The most request queues that a device may have, beside the one for urgent requests.
@@ -22,4 +24,3 @@ pub(super) fn space(config: &FsConfig) -> [u8; TAG_BYTES + 4] {
     queues.copy_from_slice(&u32::from(config.queue_count()).to_le_bytes());
     space
 }
-use caisson_vmm_api::devices::FsConfig;
