@@ -12,10 +12,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::proc::{self, clock};
-
-/// How often the line is written when nobody watches it on a terminal.
-const HEARTBEAT: Duration = Duration::from_secs(60);
+use crate::proc::{self, HEARTBEAT, clock};
 
 /// The line, for as long as this lives. Nothing else tells of its progress meanwhile.
 #[derive(Debug)]

@@ -25,7 +25,7 @@ use nix::{
 const LOG_TAIL_LINES: usize = 40;
 
 /// How often a long step says that it is still running when nobody watches it on a terminal.
-const HEARTBEAT: Duration = Duration::from_secs(60);
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(60);
 
 /// Whether each long command tells of its progress.
 static TELLS_PROGRESS: AtomicBool = AtomicBool::new(true);

@@ -5,8 +5,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, anyhow};
-use nix::sys::signal::Signal;
+use anyhow::{Result, anyhow};
 
 use crate::{
     host::{Host, cargo},
@@ -18,6 +17,7 @@ use crate::{
     testbed::{
         MachineArgs, Variant,
         exec::{self, ExecArgs},
+        root,
     },
 };
 
@@ -78,7 +78,7 @@ impl System {
             let fetched = (|| {
                 let images = overview.step(IMAGES.0, || images::build(host))?;
                 if let Some(variant) = variant {
-                    overview.step(TESTBED.0, || testbed(host, variant))?;
+                    overview.step(TESTBED.0, || root::build(host, variant))?;
                 }
                 anyhow::Ok(images)
             })();
@@ -134,14 +134,6 @@ fn programs(host: &Host, optimization: Optimization) -> Result<(PathBuf, PathBuf
     let initramfs = initramfs::build(host, &products.join("caisson-agent"))?;
     runners(host, &products)?;
     Ok((products, initramfs))
-}
-
-/// Makes a variant of the testbed; a process of its own, whose output goes to a log.
-fn testbed(host: &Host, variant: Variant) -> Result<()> {
-    let own = std::env::current_exe().context("finding xtask's own binary")?;
-    let mut build = proc::dies_with_us(own, Signal::SIGKILL);
-    build.args(["testbed", "build", "--variant", variant.name()]).current_dir(&host.workspace);
-    proc::run_logged("making the testbed", &mut build, &host.log("testbed-build"))
 }
 
 /// Puts the commands that run beside containerd into the directory of our binaries.

@@ -1,11 +1,6 @@
 //! How long each whole-system test took when it last passed, kept in the cache.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -55,7 +50,7 @@ impl Durations {
 }
 
 fn path(cache: &Cache) -> PathBuf {
-    Path::new(cache.root()).join("test-durations.json")
+    cache.root().join("test-durations.json")
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The whole-system tests on emulated machines, as many side by side as the host has processors.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     io,
     process::ExitCode,
@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use procfs::Current;
 
 use super::{
@@ -81,7 +81,8 @@ pub(super) fn run(
     let machines = args.machines.map_or_else(as_many_as_fit, |machines| Ok(usize::from(machines)))?;
     let mut durations = Durations::read(&host.cache);
     let lanes = deal(tests, &durations, machines);
-    for variant in lanes.iter().flat_map(|lane| lane.tests.keys()) {
+    let variants: BTreeSet<&Variant> = lanes.iter().flat_map(|lane| lane.tests.keys()).collect();
+    for variant in variants {
         // Before the machines start: what is missing is made once, with all processors.
         root::build(host, *variant)?;
     }
@@ -108,8 +109,9 @@ pub(super) fn run(
             durations.note(one.variant, test, outcome.took);
         }
     }
-    durations.write(&host.cache)?;
+    // First, so that a cache that cannot be written hides nothing of it.
     report.push_str(&summary(&ran));
+    durations.write(&host.cache)?;
     let failed: Vec<_> = ran.iter().filter_map(|one| one.failure.as_deref()).collect();
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(())
@@ -146,7 +148,8 @@ fn on_machine(
         let outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
         tests.iter().filter(|test| !outcomes.ended().contains_key(*test)).collect()
     };
-    for losses in 0.. {
+    let mut losses = 0;
+    loop {
         let wanted = filter_of(&not_ended());
         let nextest = nextest_in(host, args, built, &place, Some(&wanted))?;
         let mut request = built.system.beside_containerd(host, &place, nextest)?;
@@ -154,6 +157,7 @@ fn on_machine(
         match exec::exec(host, &request, outcomes.clone()) {
             Ok(code) => return judge(code, not_ended().len(), outcomes),
             Err(error) if error.is::<Lost>() && losses < LOSSES => {
+                losses += 1;
                 eprintln!("==> {error}\n==> LOST the machine under the tests; the rest run in another");
                 if not_ended().is_empty() {
                     return judge(ExitCode::SUCCESS, 0, outcomes);
@@ -162,7 +166,6 @@ fn on_machine(
             Err(error) => return Err(error),
         }
     }
-    bail!("the machine was lost too often")
 }
 
 /// Whether a run of which so many tests are missing is a good one.
