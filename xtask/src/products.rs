@@ -30,7 +30,7 @@ const AGENT_FLAGS: &str = "-C force-frame-pointers=yes";
 pub(crate) enum Optimization {
     /// As they are shipped: each program as a whole. What is said of size and speed is said of these.
     Shipped,
-    /// With the shipped `opt-level`s, but crate by crate: built in a fraction of the time.
+    /// With the shipped `opt-level`s, but crate by crate, which is quicker to build.
     Quick,
 }
 
