@@ -68,11 +68,10 @@ impl Cache {
         key: &Key,
         build: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
-        let path = self.root.join(kind).join(key.hex());
-        if path.exists() {
-            touch(&path);
+        if let Some(path) = self.existing(kind, key) {
             return Ok(path);
         }
+        let path = self.root.join(kind).join(key.hex());
         let _lock = self.lock(&format!("{kind}-{}", key.hex()))?;
         if path.exists() {
             return Ok(path);
@@ -86,6 +85,15 @@ impl Cache {
         touch(&path);
         self.prune(kind)?;
         Ok(path)
+    }
+
+    /// The entry of this kind and key if it is there.
+    pub(crate) fn existing(&self, kind: &str, key: &Key) -> Option<PathBuf> {
+        let path = self.root.join(kind).join(key.hex());
+        path.exists().then(|| {
+            touch(&path);
+            path
+        })
     }
 
     /// Removes this kind's entries that nothing has used for long.

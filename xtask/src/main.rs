@@ -7,6 +7,7 @@
 //! | [`images`] | the tests' container images, as OCI archives |
 //! | [`testbed`] | an emulated machine with KVM and containerd: build, boot, run a command in it |
 //! | [`products`] | our own binaries, built for release |
+//! | [`clients`] | `crictl`, `critest`, `nerdctl`, the newest containerd, Kubernetes: built from their modules |
 //! | [`suites`] | file system test suites that others keep |
 //! | [`test`](mod@test) | every check and test, in order, with a summary |
 //! | [`demo`] | what a newcomer runs first |
@@ -23,6 +24,7 @@
 mod apt;
 mod bench;
 mod cache;
+mod clients;
 mod demo;
 mod fuzz;
 mod host;
@@ -65,6 +67,8 @@ enum Task {
     },
     /// Check, build and test everything, on this host and in the testbed.
     Test(test::TestArgs),
+    /// Build the clients that whole-system tests use, and print where they are.
+    Clients(clients::ClientsArgs),
     /// Show what the project does so far.
     Demo(demo::DemoArgs),
     /// Fuzz the VMM: every target, or those that are named.
@@ -90,6 +94,7 @@ fn main() -> Result<ExitCode> {
         Task::Kernel(args) => kernel::report(&kernel::build(&host, args)?)?,
         Task::Initramfs { agent } => println!("{}", initramfs::build(&host, &agent)?.display()),
         Task::Test(args) => return test::run(&host, &args),
+        Task::Clients(args) => clients::run(&host, &args)?,
         Task::Demo(args) => return demo::run(&host, &args),
         Task::Fuzz(args) => fuzz::run(&host, &args)?,
         Task::Bench(bench::BenchCommand::Vmm(args)) => return bench::vmm(&host, &args),

@@ -16,6 +16,8 @@ pub(crate) enum Need {
     UnitTests,
     /// The build of the guest kernel.
     GuestKernel,
+    /// The clients: Go reaches its module proxy by TLS.
+    Clients,
     /// The container images.
     Images,
     /// The test suites for file systems.
@@ -44,6 +46,7 @@ const TOOLS: &[Tool] = &[
     tool("bc", &[], &[Need::GuestKernel]),
     tool("binutils", &["size"], &[Need::GuestKernel, Need::Testbed]),
     tool("bison", &[], &[Need::GuestKernel]),
+    tool("ca-certificates", &[], &[Need::Clients]),
     tool("cpio", &["cpio"], &[Need::UnitTests]),
     tool("debian-archive-keyring", &[], &[Need::Images, Need::Testbed]),
     tool("e2fsprogs", &["mke2fs"], &[Need::Testbed]),

@@ -1,7 +1,7 @@
 //! One command in the testbed, or on this host when that has hardware KVM.
 
 use std::{
-    fs, io,
+    env, fs, io,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::{Arc, Mutex},
@@ -17,7 +17,7 @@ use super::{
     boot::{self, Share, Sink, Terminal, TimedOut},
     root,
 };
-use crate::{host::Host, proc};
+use crate::{clients, host::Host, proc};
 
 /// What `timeout(1)` exits with, too.
 const TIMED_OUT: u8 = 124;
@@ -55,7 +55,7 @@ pub(crate) struct ExecArgs {
 /// When the testbed can't be built or booted; [`boot::Lost`] when it ends before the command does.
 pub(crate) fn exec(host: &Host, args: &ExecArgs, errors: Sink) -> Result<ExitCode> {
     if args.direct {
-        return direct(args);
+        return direct(host, args);
     }
     let bed = root::build(host, args.machine.variant)?;
     let scratch = host.cache.scratch()?;
@@ -68,7 +68,7 @@ pub(crate) fn exec(host: &Host, args: &ExecArgs, errors: Sink) -> Result<ExitCod
     // A share of its own, so that two commands may use one exchange directory.
     let job = scratch.path().join("job");
     fs::create_dir(&job).context("making the job's directory")?;
-    fs::write(job.join("job"), script(args)?).context("writing the job")?;
+    fs::write(job.join("job"), script(host, args)?).context("writing the job")?;
     let mut shares = shares(host);
     shares.push(Share { tag: "job".to_owned(), host: job, writable: false });
     shares.push(Share { tag: "exchange".to_owned(), host: exchange, writable: true });
@@ -134,8 +134,21 @@ fn shares(host: &Host) -> Vec<Share> {
 }
 
 /// A shell script that becomes the command.
-fn script(args: &ExecArgs) -> Result<String> {
+fn script(host: &Host, args: &ExecArgs) -> Result<String> {
     let mut script = String::new();
+    let clients = clients::find(host, args.machine.variant, &args.command)?;
+    for directory in clients.first {
+        script.push_str(&format!(
+            "export PATH={}:\"$PATH\"\n",
+            quote(&inside(host, &directory)?.to_string_lossy())
+        ));
+    }
+    for directory in clients.last {
+        script.push_str(&format!(
+            "export PATH=\"$PATH\":{}\n",
+            quote(&inside(host, &directory)?.to_string_lossy())
+        ));
+    }
     for variable in &args.env {
         let (name, value) =
             variable.split_once('=').with_context(|| format!("--env {variable} has no `=`"))?;
@@ -154,13 +167,17 @@ fn quote(word: &str) -> String {
 }
 
 /// Runs the command here.
-fn direct(args: &ExecArgs) -> Result<ExitCode> {
+fn direct(host: &Host, args: &ExecArgs) -> Result<ExitCode> {
     ensure!(
         has_hardware_kvm(),
         "--direct needs /dev/kvm and a processor with vmx or svm; without, leave the option out and use the testbed"
     );
     let mut command = proc::dies_with_us(&args.command[0], Signal::SIGTERM);
     command.args(&args.command[1..]);
+    let clients = clients::find(host, args.machine.variant, &args.command)?;
+    let own = env::var_os("PATH").unwrap_or_default();
+    let path = clients.first.into_iter().chain(env::split_paths(&own)).chain(clients.last);
+    command.env("PATH", env::join_paths(path).context("joining the directories of PATH")?);
     for variable in &args.env {
         let (name, value) =
             variable.split_once('=').with_context(|| format!("--env {variable} has no `=`"))?;

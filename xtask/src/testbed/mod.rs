@@ -50,17 +50,20 @@ pub(crate) enum Variant {
     /// The oldest host that is supported: Debian 13's containerd 1.7 on Debian 12's Linux 6.1, with control groups of
     /// version 1.
     Oldest,
+    /// Debian unstable with containerd's newest release, as `tests/clients/containerd` pins it, in the place of its own.
+    Newest,
 }
 
 impl Variant {
     /// All, in the order of their testing.
-    pub(crate) const ALL: [Self; 3] = [Self::Trixie, Self::Sid, Self::Oldest];
+    pub(crate) const ALL: [Self; 4] = [Self::Trixie, Self::Sid, Self::Oldest, Self::Newest];
 
     /// Its name on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Trixie | Self::Sid => self.root().name(),
             Self::Oldest => "oldest",
+            Self::Newest => "newest",
         }
     }
 
@@ -68,14 +71,14 @@ impl Variant {
     fn root(self) -> Suite {
         match self {
             Self::Trixie | Self::Oldest => Suite::Trixie,
-            Self::Sid => Suite::Sid,
+            Self::Sid | Self::Newest => Suite::Sid,
         }
     }
 
     /// The Debian suite that its kernel is from.
     fn kernel(self) -> Suite {
         match self {
-            Self::Trixie | Self::Sid => Suite::Trixie,
+            Self::Trixie | Self::Sid | Self::Newest => Suite::Trixie,
             Self::Oldest => Suite::Bookworm,
         }
     }

@@ -13,6 +13,7 @@ use super::{Variant, qemu::Qemu};
 use crate::{
     apt::{PrivateApt, Suite},
     cache::Key,
+    clients,
     host::Host,
     initramfs::Archive,
     proc,
@@ -146,6 +147,10 @@ pub(crate) struct Testbed {
 /// When packages can't be fetched or a tool fails.
 pub(crate) fn build(host: &Host, variant: Variant) -> Result<Testbed> {
     tools::require(&[Need::Testbed])?;
+    if variant == Variant::Newest {
+        // Not part of the root: it is shared with the machine, and found first.
+        clients::build(host, clients::Module::Containerd)?;
+    }
     let roots_kernel = kernel(host, ROOTS_KERNEL)?;
     let root = root(host, variant.root(), &roots_kernel)?;
     let (kernel, modules) = match variant.kernel() {
