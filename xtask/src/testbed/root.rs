@@ -28,6 +28,15 @@ const PACKAGES: &[&str] = &[
     "crun",
     "qemu-system-x86",
     "runc",
+    // Other engines, which start containers by containerd or without it, and a registry to pull from. Nothing of this, nor
+    // systemd, starts by itself: PID 1 is init.sh.
+    "conmon",
+    "docker-cli",
+    "docker-registry",
+    "docker.io",
+    "netavark",
+    "podman",
+    "systemd",
     // Networks.
     "bridge-utils",
     "conntrack",
