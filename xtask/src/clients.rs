@@ -253,10 +253,7 @@ impl Go {
             apt.unpack(&package, output)?;
             apt.unpack(&apt.dependency(&package, "golang-")?, output)
         })?;
-        let name = package.trim_start_matches("golang-").trim_end_matches("-go");
-        let root = entry.join(format!("usr/lib/go-{name}"));
-        let mut go = Self { program: root.join("bin/go"), root: Some(root), version: String::new() };
-        go.version = go.ask()?;
+        let go = Self::unpacked(&entry)?;
         ensure!(
             go.number().is_some_and(|version| version >= minimum),
             "the clients need Go {}.{}.{}, and Debian has {}",
@@ -266,6 +263,23 @@ impl Go {
             go.version
         );
         Ok(go)
+    }
+
+    /// The one in an entry of the cache.
+    fn unpacked(entry: &Path) -> Result<Self> {
+        let roots = fs::read_dir(entry.join("usr/lib")).context("listing what came with Debian's Go")?;
+        let mut roots = roots.flatten().map(|root| root.path());
+        let root = roots.find(|root| root.join("bin/go").exists()).context("Debian's package has no Go")?;
+        let mut go = Self { program: root.join("bin/go"), root: Some(root), version: String::new() };
+        go.version = go.ask()?;
+        Ok(go)
+    }
+
+    /// The host's and those that were fetched before.
+    fn at_hand(host: &Host) -> Vec<Self> {
+        let entries = fs::read_dir(host.cache.root().join("go")).into_iter().flatten().flatten();
+        let unpacked = entries.filter_map(|entry| Self::unpacked(&entry.path()).ok());
+        Self::of_host().into_iter().chain(unpacked).collect()
     }
 
     fn ask(&self) -> Result<String> {
@@ -313,7 +327,7 @@ pub(crate) struct Found {
 }
 
 /// The clients for a command in the testbed: those that its variant is made of or that it is itself are built; of the
-/// others it gets what was built before.
+/// others it gets what was built before. Nothing is fetched to look for those: a machine without Go has none of them.
 ///
 /// # Errors
 /// When one does not build.
@@ -322,6 +336,7 @@ pub(crate) fn find(host: &Host, variant: Variant, command: &[String]) -> Result<
     if variant == Variant::Newest {
         found.first.push(build(host, Module::Containerd)?);
     }
+    let gos = Go::at_hand(host);
     let asked_for = command.first().map(String::as_str);
     for module in [Module::CriTools, Module::Nerdctl, Module::Kubernetes] {
         let recipe = Recipe::read(host, module)?;
@@ -329,8 +344,8 @@ pub(crate) fn find(host: &Host, variant: Variant, command: &[String]) -> Result<
         if programs.any(|program| Some(program) == asked_for) {
             found.last.push(build(host, module)?);
         } else {
-            let go = Go::find(host, recipe.minimum()?)?;
-            found.last.extend(host.cache.existing("clients", &recipe.key(&go)));
+            let built = gos.iter().find_map(|go| host.cache.existing("clients", &recipe.key(go)));
+            found.last.extend(built);
         }
     }
     Ok(found)
@@ -338,7 +353,10 @@ pub(crate) fn find(host: &Host, variant: Variant, command: &[String]) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+    use crate::cache::Cache;
 
     fn recipe(module: Module) -> Recipe {
         let mut files = BTreeMap::new();
@@ -386,6 +404,29 @@ mod tests {
         assert_ne!(recipe.key(&go("go1.27.3")).hex(), before);
         recipe.files.get_mut(Path::new("tigron/tig/tig.go")).unwrap().push('\n');
         assert_ne!(recipe.key(&go("go1.26.8")).hex(), before);
+    }
+
+    #[test]
+    fn clients_are_looked_up_by_every_go_at_hand_and_by_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned();
+        let cache = Cache::at(&directory.path().join("cache")).unwrap();
+        let host = Host { workspace, target: directory.path().join("target"), cache };
+        let asked = ["true".to_owned()];
+        assert!(find(&host, Variant::Trixie, &asked).unwrap().last.is_empty());
+        assert!(!host.cache.root().join("apt").exists(), "a package index was fetched to look a client up");
+
+        let debian = Go { program: "go".into(), root: None, version: "go9.9.9".to_owned() };
+        let nerdctl = host.cache.entry("clients", &recipe(Module::Nerdctl).key(&debian), |_| Ok(())).unwrap();
+        assert!(find(&host, Variant::Trixie, &asked).unwrap().last.is_empty());
+        let unpack = |entry: &Path| {
+            let bin = entry.join("usr/lib/go-9.9/bin");
+            fs::create_dir_all(&bin)?;
+            fs::write(bin.join("go"), "#!/bin/sh\necho go9.9.9\n")?;
+            Ok(fs::set_permissions(bin.join("go"), fs::Permissions::from_mode(0o755))?)
+        };
+        host.cache.entry("go", &Key::new("go-test"), unpack).unwrap();
+        assert_eq!(find(&host, Variant::Trixie, &asked).unwrap().last, [nerdctl]);
     }
 
     #[test]
