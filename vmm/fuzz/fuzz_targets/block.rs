@@ -20,6 +20,6 @@ thread_local! {
 fuzz_target!(|session: Session| {
     let file = FILE.with(|file| file.as_fd().try_clone_to_owned()).expect("a descriptor");
     let config = BlockConfig { id: "fuzzed".into(), queues: 2, ..BlockConfig::default() };
-    let device = Block::new(config, vec![file]).expect("a device");
+    let device = Block::new(config, vec![file], || {}).expect("a device");
     play(&session, &memory(), Box::new(device), &mut |_, _| {});
 });

@@ -137,7 +137,7 @@ thread_local! {
     /// What serves files in this process.
     static WORKERS: Arc<Workers> = {
         limit_file_size();
-        Workers::start(1, open(Path::new("/proc/self/fd"))).expect("a worker")
+        Workers::start(1, open(Path::new("/proc/self/fd")), || {}).expect("a worker")
     };
 }
 

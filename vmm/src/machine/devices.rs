@@ -5,19 +5,22 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use caisson_vmm_api::devices::{BalloonConfig, BlockConfig, FsConfig, NetConfig, RngConfig, VsockConfig};
 use kvm_ioctls::VmFd;
 
+use super::memory_blocks::{HostRegion, KvmBlocks};
 use crate::{
     devices::{
         DeviceState,
         balloon::Balloon,
         block::{Block, BlockError, BlockState},
         fs::{Fs, FsError, FsState},
-        mem::{HostRegion, KvmBlocks, MemoryConfig, MemoryDevice, MemoryError},
+        mem::{MemoryConfig, MemoryDevice, MemoryError},
         net::{Net, NetError, NetState},
         rng::{HostEntropy, Rng, RngError},
         vsock::{HostEnd, Vsock, VsockError},
     },
+    jail,
     machine::shares::Shares,
     memory::GuestRam,
+    seccomp::Thread,
     virtio::VirtioDevice,
 };
 
@@ -93,7 +96,7 @@ impl Workshop<'_> {
             OpenDevice::Balloon(config) => {
                 Box::new(Balloon::new(config, self.ram.clone()).map_err(DeviceBuildError::Balloon)?)
             }
-            OpenDevice::Block(config, files) => Box::new(Block::new(config, files)?),
+            OpenDevice::Block(config, files) => Box::new(Block::new(config, files, confine_block_thread)?),
             OpenDevice::Net(config, tap) => Box::new(Net::new(config, tap)?),
             OpenDevice::Vsock(config, host) => Box::new(Vsock::new(config, host)?),
             OpenDevice::Fs(config, directory) => {
@@ -124,7 +127,11 @@ impl Workshop<'_> {
             }
             (DeviceState::Block(state), Some(OpenDevice::Block(config, files))) => {
                 check_block(&state.config, &config)?;
-                Box::new(Block::from_state(BlockState { config, ..state.clone() }, files)?)
+                Box::new(Block::from_state(
+                    BlockState { config, ..state.clone() },
+                    files,
+                    confine_block_thread,
+                )?)
             }
             (DeviceState::Net(state), Some(OpenDevice::Net(config, tap))) => {
                 check_net(&state.config, &config)?;
@@ -162,6 +169,11 @@ impl Workshop<'_> {
         // before.
         Ok(Arc::new(unsafe { KvmBlocks::new(self.vm.clone(), self.ram.clone(), region) }))
     }
+}
+
+/// The first thing that a disk's thread does.
+fn confine_block_thread() {
+    jail::confine_thread_or_abort(Thread::Block);
 }
 
 /// Refuses a restored device on which something is not as the guest has seen it.

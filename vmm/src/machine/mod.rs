@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `bus` | which device answers at which address |
 //! | `input` | what is typed on the console |
+//! | `memory_blocks` | the memory device's blocks as KVM memory slots |
 //! | [`poller`] | the descriptors that the event loop watches |
 //! | [`slots`] | virtio-mmio slots and their wiring to KVM |
 //! | [`shares`] | what serves shared directories |
@@ -16,6 +17,7 @@
 mod bus;
 mod devices;
 mod input;
+mod memory_blocks;
 pub mod poller;
 mod processors;
 pub mod shares;

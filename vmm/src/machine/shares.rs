@@ -6,7 +6,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::{devices::fs::Workers, jail::own_descriptors};
+use crate::{
+    devices::fs::Workers,
+    jail::{self, own_descriptors},
+    seccomp::Thread,
+};
 
 /// Threads that serve shared directories, those of all of a machine's devices together.
 const WORKERS: usize = 2;
@@ -40,7 +44,7 @@ impl Shares {
     /// # Errors
     /// When the threads can't be started.
     pub fn jailed(root: OwnedFd, descriptors: OwnedFd) -> io::Result<Self> {
-        Ok(Self::Jailed { root, workers: Workers::start(WORKERS, descriptors)? })
+        Ok(Self::Jailed { root, workers: start(descriptors)? })
     }
 
     /// The directory to serve, `given` or the jail's own, and the threads to do it.
@@ -56,11 +60,15 @@ impl Shares {
     }
 }
 
+fn start(descriptors: OwnedFd) -> io::Result<Arc<Workers>> {
+    Workers::start(WORKERS, descriptors, || jail::confine_thread_or_abort(Thread::Fs))
+}
+
 fn started(workers: &Mutex<Option<Arc<Workers>>>) -> io::Result<Arc<Workers>> {
     let mut workers = workers.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(workers) = &*workers {
         return Ok(workers.clone());
     }
-    let started = Workers::start(WORKERS, own_descriptors()?)?;
+    let started = start(own_descriptors()?)?;
     Ok(workers.insert(started).clone())
 }

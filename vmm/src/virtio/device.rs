@@ -118,6 +118,10 @@ pub struct PollSource {
     pub token: u32,
 }
 
+/// What a thread that a device starts does before anything else: whoever makes the device hands in how such a thread
+/// is confined. It must not return when it fails.
+pub type ThreadSetup = fn();
+
 /// Something for an activated device to work on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceEvent {

@@ -13,7 +13,8 @@ pub(crate) mod mock;
 mod saved_queue;
 
 pub use device::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, VirtioDevice,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, ThreadSetup,
+    VirtioDevice,
 };
 pub use drain::{Drained, drain};
 pub use saved_queue::SavedQueue;

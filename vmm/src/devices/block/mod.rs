@@ -60,7 +60,7 @@ use crate::{
     rate_limiter::{RateLimitError, RateLimiter},
     virtio::{
         ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, SavedQueue,
-        VirtioDevice,
+        ThreadSetup, VirtioDevice,
         buffers::{GuestBuffers, pop_chain},
     },
 };
@@ -165,11 +165,11 @@ struct InFlight {
 
 impl Block {
     /// A disk of these files, in this order. All that needs a system call that a jailed vCPU thread may lack
-    /// (threads, rings, timers) happens here.
+    /// (threads, rings, timers) happens here. A thread begins with `setup`.
     ///
     /// # Errors
     /// When the files or the configuration are refused, or the engine cannot be started.
-    pub fn new(config: BlockConfig, files: Vec<OwnedFd>) -> Result<Self, BlockError> {
+    pub fn new(config: BlockConfig, files: Vec<OwnedFd>, setup: ThreadSetup) -> Result<Self, BlockError> {
         if config.id.len() > ID_BYTES || !config.id.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(BlockError::Id);
         }
@@ -178,7 +178,7 @@ impl Block {
         }
         let disk = Disk::new(files, config.read_only)?;
         let limiter = RateLimiter::new(config.rate_limits)?;
-        let engine = Engine::new(config.engine, &disk.fds(), &format!("blk {}", config.id))
+        let engine = Engine::new(config.engine, &disk.fds(), &format!("blk {}", config.id), setup)
             .map_err(|source| BlockError::Engine(config.engine, source))?;
         let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BlockError::Event)?;
         let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queue_count())];
@@ -199,8 +199,12 @@ impl Block {
     ///
     /// # Errors
     /// As [`new`](Self::new); and when the files have another size.
-    pub fn from_state(state: BlockState, files: Vec<OwnedFd>) -> Result<Self, BlockError> {
-        let block = Self::new(state.config, files)?;
+    pub fn from_state(
+        state: BlockState,
+        files: Vec<OwnedFd>,
+        setup: ThreadSetup,
+    ) -> Result<Self, BlockError> {
+        let block = Self::new(state.config, files, setup)?;
         let now = block.capacity_sectors();
         if now == state.capacity {
             Ok(block)

@@ -34,7 +34,7 @@ struct Bench {
 
 impl Bench {
     fn new(config: BlockConfig, files: Vec<OwnedFd>) -> Self {
-        Self::with(Block::new(config, files).unwrap())
+        Self::with(Block::new(config, files, || {}).unwrap())
     }
 
     fn with(block: Block) -> Self {
@@ -286,7 +286,7 @@ fn a_read_only_disk_is_not_written() {
 fn unfit_files_are_refused() {
     let good = file(&[0; 4096]);
     let odd = file(&[0; 1000]);
-    let refuse = |config: BlockConfig, files| match Block::new(config, files) {
+    let refuse = |config: BlockConfig, files| match Block::new(config, files, || {}) {
         Err(BlockError::Disk(error)) => error,
         other => panic!("{other:?}"),
     };
@@ -310,7 +310,7 @@ fn unfit_files_are_refused() {
     assert!(matches!(refuse(rw(), vec![writable(odd.path())]), DiskError::Unaligned(1000)));
     for id in ["twenty-one bytes long", "with space", "new\nline"] {
         let config = BlockConfig { id: id.into(), ..rw() };
-        assert!(matches!(Block::new(config, vec![writable(good.path())]), Err(BlockError::Id)));
+        assert!(matches!(Block::new(config, vec![writable(good.path())], || {}), Err(BlockError::Id)));
     }
 }
 
@@ -433,12 +433,12 @@ fn a_snapshot_has_everything_answered() {
         // A request whose notification came before the snapshot is found without another.
         bench.offer(2, VIRTIO_BLK_T_FLUSH, 0, &[]);
         let queues = state.queues.iter().map(|&queue| queue.try_into().unwrap()).collect();
-        bench.block = Block::from_state(state.clone(), vec![writable(file.path())]).unwrap();
+        bench.block = Block::from_state(state.clone(), vec![writable(file.path())], || {}).unwrap();
         bench.activate_with(queues, 0).unwrap();
         assert_eq!(bench.wait(1).len(), 1);
 
         file.as_file().set_len(512).unwrap();
-        let error = Block::from_state(state, vec![writable(file.path())]).unwrap_err();
+        let error = Block::from_state(state, vec![writable(file.path())], || {}).unwrap_err();
         assert!(matches!(error, BlockError::CapacityChanged { saved: 64, now: 1 }));
     }
 }
@@ -492,7 +492,7 @@ impl Bench {
         let mem: GuestMem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
         let first = MockQueue::new(&mem, 0x4000, QUEUE);
         let mock = MockQueue::new(&mem, 0, QUEUE);
-        let block = Block::new(config, files).unwrap();
+        let block = Block::new(config, files, || {}).unwrap();
         let mut bench = Self { mem, mock, interrupt: CountingInterrupt::new(), block };
         let queues = vec![first.device_side(), bench.mock.device_side()];
         bench.activate_with(queues, 0).unwrap();

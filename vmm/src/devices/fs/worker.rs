@@ -14,7 +14,7 @@ use nix::sys::{
 };
 
 use super::{config::spare_descriptors, passthrough::sys};
-use crate::{jail, seccomp};
+use crate::virtio::ThreadSetup;
 
 /// Requests are decoded on the heap; this is for the frames.
 const STACK: usize = 256 << 10;
@@ -62,11 +62,11 @@ impl fmt::Debug for Workers {
 impl Workers {
     /// Starts `count` threads. `descriptors` is `/proc/self/fd` of this very process (not of a parent),
     /// opened with `O_PATH | O_DIRECTORY`: the way from a descriptor that only names a file to one that reads
-    /// it.
+    /// it. Each thread does `setup` last before it serves anything.
     ///
     /// # Errors
     /// When a thread cannot be started, or not be set up.
-    pub fn start(count: usize, descriptors: OwnedFd) -> io::Result<Arc<Self>> {
+    pub fn start(count: usize, descriptors: OwnedFd, setup: ThreadSetup) -> io::Result<Arc<Self>> {
         // Now, as a jailed main thread cannot ask any more.
         let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let spare = spare_descriptors(usize::try_from(limit).unwrap_or(usize::MAX));
@@ -83,7 +83,7 @@ impl Workers {
                 let _ = ready.send(set_up);
                 drop(ready);
                 if !failed {
-                    jail::confine_thread_or_abort(seccomp::Thread::Fs);
+                    setup();
                     work(&shared);
                 }
             };

@@ -6,7 +6,7 @@
 //!
 //! # What is there of an unplugged block
 //! To the host, nothing: it is a hole. To the guest's processors, it is not memory: the device has the
-//! machine ([`Blocks`]) take it out of the guest's address space chunk by chunk (see [`KvmBlocks`]), and
+//! machine ([`Blocks`]) take it out of the guest's address space, which may do so in chunks larger than a block, and
 //! offers VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE, without which it does not work. A chunk holds several blocks,
 //! so a hostile guest can still touch unplugged blocks beside plugged ones, and other devices on its behalf
 //! any of them. That populates memory which is charged to the VM's cgroup like all its memory, holds what the
@@ -21,7 +21,7 @@ mod tests;
 
 use std::{os::fd::AsRawFd, sync::Arc};
 
-pub use blocks::{Blocks, HostRegion, KvmBlocks};
+pub use blocks::Blocks;
 pub use metrics::MemoryMetrics;
 use queue::{Request, Response};
 use serde::{Deserialize, Serialize};

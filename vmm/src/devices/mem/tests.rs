@@ -303,13 +303,6 @@ fn chains_of_another_shape_end_the_device() {
     }
 }
 
-#[test]
-fn ranges_are_cut_at_chunks() {
-    assert_eq!(blocks::split(10, 10, 100).unwrap(), []);
-    assert_eq!(blocks::split(10, 100, 100).unwrap(), [(0, 90)]);
-    assert_eq!(blocks::split(90, 310, 100).unwrap(), [(0, 10), (1, 100), (2, 100), (3, 10)]);
-}
-
 /// What the driver may ask for, in blocks of the region and around it.
 fn any_request() -> impl Strategy<Value = (u16, u64, u16)> {
     let near = (0u64..34).prop_map(|block| START + block * 2 * MIB);

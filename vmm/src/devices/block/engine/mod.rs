@@ -11,7 +11,10 @@ use std::{io, os::fd::RawFd};
 use caisson_vmm_api::devices::IoEngine;
 
 use self::{sync::SyncEngine, uring::UringEngine};
-use crate::virtio::buffers::{GuestBuffers, MAX_BUFFERS};
+use crate::virtio::{
+    ThreadSetup,
+    buffers::{GuestBuffers, MAX_BUFFERS},
+};
 
 /// The most that is read or written by one system call. A request may be as long as 4 GiB, by naming the same
 /// memory over and over; a reset waits for the piece that is on its way, and no longer.
@@ -152,10 +155,11 @@ pub(super) enum Engine {
 }
 
 impl Engine {
-    /// Starts one. `files` must stay open for as long as the engine lives.
-    pub(super) fn new(kind: IoEngine, files: &[RawFd], name: &str) -> io::Result<Self> {
+    /// Starts one. `files` must stay open for as long as the engine lives. A thread that it starts is called `name` and
+    /// begins with `setup`.
+    pub(super) fn new(kind: IoEngine, files: &[RawFd], name: &str, setup: ThreadSetup) -> io::Result<Self> {
         match kind {
-            IoEngine::Sync => SyncEngine::new(files, name).map(Self::Sync),
+            IoEngine::Sync => SyncEngine::new(files, name, setup).map(Self::Sync),
             IoEngine::IoUring => UringEngine::new(files).map(Box::new).map(Self::Uring),
         }
     }

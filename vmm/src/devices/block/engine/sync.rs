@@ -14,7 +14,7 @@ use std::{
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Action, Completion, Operation, Step};
-use crate::{jail, seccomp};
+use crate::virtio::ThreadSetup;
 
 /// Deep enough for a system call's frame; the worker allocates nothing on it.
 const STACK: usize = 64 << 10;
@@ -58,7 +58,7 @@ impl fmt::Debug for SyncEngine {
 }
 
 impl SyncEngine {
-    pub(super) fn new(files: &[RawFd], name: &str) -> io::Result<Self> {
+    pub(super) fn new(files: &[RawFd], name: &str, setup: ThreadSetup) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             work: Condvar::new(),
@@ -70,7 +70,7 @@ impl SyncEngine {
         let worker = thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn({
             let shared = shared.clone();
             move || {
-                jail::confine_thread_or_abort(seccomp::Thread::Block);
+                setup();
                 work(&shared);
             }
         })?;

@@ -45,7 +45,7 @@ pub(super) fn directory(path: impl AsRef<Path>) -> OwnedFd {
 }
 
 pub(super) fn workers(count: usize) -> Arc<Workers> {
-    Workers::start(count, directory("/proc/self/fd")).unwrap()
+    Workers::start(count, directory("/proc/self/fd"), || {}).unwrap()
 }
 
 pub(super) fn config() -> FsConfig {
