@@ -3,7 +3,7 @@
 use std::{os::fd::OwnedFd, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use caisson_vmm::devices::net::Tap;
+use caisson_virtio::devices::net::Tap;
 
 /// Runs `ip` with these words.
 ///

@@ -19,12 +19,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use caisson_virtio::devices::vsock::{HostEnd, PathDialer};
 use caisson_vmm::{
     boot::BootSource,
-    devices::{
-        serial::ConsoleSink,
-        vsock::{HostEnd, PathDialer},
-    },
+    devices::serial::ConsoleSink,
     machine::{Machine, OpenDevice, poller::Poller},
     machine_file,
     resources::{self, Descriptors, Resources},

@@ -9,16 +9,14 @@
 //! | [`resources`] | what a machine needs from the host, opened before it runs |
 //! | [`machine`] | a KVM virtual machine with its processors, bus and slots |
 //! | [`vcpu`] | virtual processors and the threads that run them |
-//! | [`memory`] | the guest's memory and the one type by which every other module reaches it |
-//! | [`virtio`] | the contract between a virtio device and its transport |
-//! | [`devices`] | the devices, one folder each |
+//! | [`devices`] | serial console and exit port |
+//! | [`layout`] | the guest's physical address space |
 //! | [`jail`] | what is left to a process whose guest has broken out |
 //! | [`seccomp`] | system call filters, thread by thread |
-//! | [`metrics`] | lock-free counters |
-//! | [`rate_limiter`] | token buckets for bytes and operations |
 //! | [`heap`] | how threads share the heap |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
 //!
+//! Guest memory, queues, the virtio transport and its devices are [`caisson_virtio`].
 //! What a program that starts the VMM sees of it (the machine file, the control protocol and its client) is
 //! [`caisson_vmm_api`].
 //!
@@ -30,14 +28,11 @@ pub mod control;
 pub mod devices;
 pub mod heap;
 pub mod jail;
+pub mod layout;
 pub mod machine;
 pub mod machine_file;
-pub mod memory;
-pub mod metrics;
 pub mod probe;
-pub mod rate_limiter;
 pub mod resources;
 pub mod seccomp;
 pub mod snapshot;
 pub mod vcpu;
-pub mod virtio;

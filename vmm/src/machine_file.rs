@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use caisson_virtio::memory::RamConfig;
 use caisson_vmm_api::config::{ConfigError, MachineConfig};
 
 use crate::{
     boot::{CommandLine, CommandLineError},
+    layout::MMIO_SLOT_SIZE,
     machine::{MachineShape, slots::Slots},
-    memory::{RamConfig, layout::MMIO_SLOT_SIZE},
 };
 
 /// What is wrong with a machine file.

@@ -16,17 +16,15 @@ use std::{
     path::PathBuf,
 };
 
+use caisson_virtio::devices::{
+    net::Tap,
+    vsock::{Dialer, HostEnd, PassingDialer, PathDialer},
+};
 use caisson_vmm_api::config::{ConsoleConfig, DeviceConfig, FileSource, MachineConfig, VsockDevice};
 use kvm_ioctls::Kvm;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::{
-    devices::{
-        net::Tap,
-        vsock::{Dialer, HostEnd, PassingDialer, PathDialer},
-    },
-    machine::OpenDevice,
-};
+use crate::machine::OpenDevice;
 
 /// A resource that could not be had.
 #[derive(Debug, thiserror::Error)]

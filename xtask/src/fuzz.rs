@@ -1,4 +1,5 @@
-//! Fuzzing: every target of `vmm/fuzz` for a while, from its seeds and whatever earlier runs have found.
+//! Fuzzing: every target of `vmm/virtio/fuzz` and `vmm/fuzz` for a while, from its seeds and whatever earlier runs have
+//! found.
 
 use std::{fs, path::Path};
 
@@ -8,6 +9,8 @@ use nix::sys::signal::Signal;
 
 use crate::{host::Host, proc};
 
+/// Where fuzz targets are: each is a workspace of its own.
+const PACKAGES: [&str; 2] = ["vmm/virtio/fuzz", "vmm/fuzz"];
 /// A single input that takes longer than this many seconds is a finding.
 const INPUT_TIMEOUT: u32 = 20;
 /// A target that takes more than this many megabytes is one, too.
@@ -28,25 +31,29 @@ pub(crate) struct FuzzArgs {
 /// # Errors
 /// When a nightly toolchain or cargo-fuzz is missing, a target is unknown, or something was found.
 pub(crate) fn run(host: &Host, args: &FuzzArgs) -> Result<()> {
-    let directory = host.workspace.join("vmm/fuzz");
-    let known = proc::output(cargo(&directory).arg("list")).context(
-        "listing the fuzz targets: this needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`",
-    )?;
-    let known: Vec<&str> = known.lines().collect();
-    for target in &args.targets {
-        ensure!(known.contains(&target.as_str()), "no target {target}: there are {}", known.join(", "));
+    let mut known = Vec::new();
+    for directory in PACKAGES.map(|package| host.workspace.join(package)) {
+        let listed = proc::output(cargo(&directory).arg("list")).context(
+            "listing the fuzz targets: this needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`",
+        )?;
+        known.extend(listed.lines().map(|target| (directory.clone(), target.to_owned())));
     }
-    let targets =
-        known.iter().filter(|name| args.targets.is_empty() || args.targets.iter().any(|t| t == *name));
+    for target in &args.targets {
+        let names: Vec<_> = known.iter().map(|(_, name)| name.as_str()).collect();
+        ensure!(names.contains(&target.as_str()), "no target {target}: there are {}", names.join(", "));
+    }
     let mut failed = Vec::new();
-    for target in targets {
+    for (directory, target) in known {
+        if !args.targets.is_empty() && !args.targets.contains(&target) {
+            continue;
+        }
         println!("fuzzing {target} for {} s", args.seconds);
-        if let Err(error) = fuzz(&directory, target, args.seconds) {
+        if let Err(error) = fuzz(&directory, &target, args.seconds) {
             eprintln!("{target}: {error:#}");
-            failed.push(*target);
+            failed.push(format!("{target} (see {}/artifacts)", directory.display()));
         }
     }
-    ensure!(failed.is_empty(), "something was found in {}; see vmm/fuzz/artifacts", failed.join(", "));
+    ensure!(failed.is_empty(), "something was found in {}", failed.join(", "));
     Ok(())
 }
 

@@ -13,7 +13,7 @@
 //! | [`demo`] | what a newcomer runs first |
 //! | [`steps`] | a run of several steps, and where its time went |
 //! | [`overview`] | steps side by side, told on one line |
-//! | [`fuzz`] | the fuzz targets of `vmm/fuzz` |
+//! | [`fuzz`] | the fuzz targets of `vmm/fuzz` and `vmm/virtio/fuzz` |
 //! | [`bench`] | what the VMM costs, beside QEMU's microvm |
 //! | [`host`] | where the workspace, the target directory and the cache are |
 //! | [`cache`] | entries named by the hash of what they are made from, atomic and safe against being killed |

@@ -1,17 +1,10 @@
 //! The state file: its frame, its content, and devices that go on from whatever it says.
 #![no_main]
 
-use caisson_vmm::{
-    devices::{
-        DeviceState,
-        rng::{HostEntropy, Rng},
-        vsock::{HostEnd, Vsock},
-    },
-    snapshot::format::decode,
-    virtio::{VirtioDevice, mmio::TransportState},
-};
+use caisson_virtio::{devices::{DeviceState, rng::{HostEntropy, Rng}, vsock::{HostEnd, Vsock}}, VirtioDevice, mmio::TransportState};
+use caisson_vmm::snapshot::format::decode;
 use caisson_vmm_api::devices::VsockConfig;
-use caisson_vmm_fuzz::{Session, memory, play_restored};
+use caisson_virtio_fuzz::{Session, memory, play_restored};
 use libfuzzer_sys::{
     arbitrary::{Arbitrary, Unstructured},
     fuzz_target,

@@ -3,7 +3,7 @@
 use linux_loader::cmdline::Cmdline;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use crate::memory::layout::{COMMAND_LINE, COMMAND_LINE_MAX};
+use crate::layout::{COMMAND_LINE, COMMAND_LINE_MAX};
 
 /// A part of the command line that was not accepted.
 #[derive(Debug, thiserror::Error)]

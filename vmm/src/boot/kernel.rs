@@ -6,6 +6,10 @@ use std::{
     os::unix::fs::FileExt,
 };
 
+use caisson_virtio::memory::{
+    GuestRam, Range,
+    layout::{LOW_END, PAGE_SIZE},
+};
 use caisson_vmm_api::config::Protocol;
 use linux_loader::loader::{
     self, KernelLoader, KernelLoaderResult, PvhBootCapability, bootparam::setup_header, bzimage::BzImage,
@@ -13,10 +17,7 @@ use linux_loader::loader::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::{
-    GuestRam, Range,
-    layout::{HIGH_MEMORY, LOW_END, PAGE_SIZE},
-};
+use crate::layout::HIGH_MEMORY;
 
 /// How far into a bzImage's protected-mode code its 64-bit entry point is (Linux x86 boot protocol, 64-bit
 /// boot).

@@ -14,13 +14,12 @@ pub mod params;
 
 use std::fs::File;
 
+use caisson_virtio::memory::GuestRam;
 use caisson_vmm_api::config::Protocol;
 pub use command_line::{CommandLine, CommandLineError};
 pub use kernel::{Entry, KernelError};
 pub use mp_table::MpTableError;
 pub use params::ParamsError;
-
-use crate::memory::GuestRam;
 
 /// What to boot.
 pub struct BootSource<'a> {

@@ -7,7 +7,7 @@
 use caisson_vmm_api::config::MAX_PROCESSORS;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::memory::layout::{IOAPIC, LAPIC, MP_TABLE, MP_TABLE_MAX};
+use crate::layout::{IOAPIC, LAPIC, MP_TABLE, MP_TABLE_MAX};
 
 /// Interrupt lines of the I/O APIC.
 pub const IOAPIC_PINS: u8 = 24;

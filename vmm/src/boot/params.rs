@@ -1,5 +1,6 @@
 //! What the kernel is told about the machine: Linux's boot parameters, or PVH's start info.
 
+use caisson_virtio::memory::{GuestRam, Range, layout};
 use linux_loader::{
     configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator, pvh::PvhBootConfigurator},
     loader::{
@@ -10,12 +11,9 @@ use linux_loader::{
 use vm_memory::GuestAddress;
 
 use super::{CommandLine, kernel::Entry, kernel::LoadedKernel};
-use crate::memory::{
-    GuestRam, Range,
-    layout::{
-        self, COMMAND_LINE, CONVENTIONAL_END, HIGH_MEMORY, MP_TABLE, MP_TABLE_MAX, PVH_MEMMAP, PVH_MODULES,
-        PVH_START_INFO, ZERO_PAGE,
-    },
+use crate::layout::{
+    COMMAND_LINE, CONVENTIONAL_END, HIGH_MEMORY, MP_TABLE, MP_TABLE_MAX, PVH_MEMMAP, PVH_MODULES,
+    PVH_START_INFO, ZERO_PAGE,
 };
 
 const E820_RAM: u32 = 1;

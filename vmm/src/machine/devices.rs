@@ -2,11 +2,8 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use caisson_vmm_api::devices::{BalloonConfig, BlockConfig, FsConfig, NetConfig, RngConfig, VsockConfig};
-use kvm_ioctls::VmFd;
-
-use super::memory_blocks::{HostRegion, KvmBlocks};
-use crate::{
+use caisson_virtio::{
+    VirtioDevice,
     devices::{
         DeviceState,
         balloon::Balloon,
@@ -17,12 +14,13 @@ use crate::{
         rng::{HostEntropy, Rng, RngError},
         vsock::{HostEnd, Vsock, VsockError},
     },
-    jail,
-    machine::shares::Shares,
     memory::GuestRam,
-    seccomp::Thread,
-    virtio::VirtioDevice,
 };
+use caisson_vmm_api::devices::{BalloonConfig, BlockConfig, FsConfig, NetConfig, RngConfig, VsockConfig};
+use kvm_ioctls::VmFd;
+
+use super::memory_blocks::{HostRegion, KvmBlocks};
+use crate::{jail, machine::shares::Shares, seccomp::Thread};
 
 /// A device that can be made: its configuration, with everything that it needs from the host open.
 pub enum OpenDevice {

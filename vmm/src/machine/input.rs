@@ -96,10 +96,8 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::{
-        devices::serial::{ConsoleSink, SERIAL_PORT},
-        virtio::mmio::IrqLine,
-    };
+    use crate::devices::serial::{ConsoleSink, SERIAL_PORT};
+    use caisson_virtio::mmio::IrqLine;
 
     struct NoLine;
 

@@ -5,11 +5,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use caisson_virtio::{devices::mem::Blocks, memory::Discard};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
-
-use crate::{devices::mem::Blocks, memory::Discard};
 
 /// The region in chunks, each of them a KVM memory slot for as long as any block in it is plugged.
 ///

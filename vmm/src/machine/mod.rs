@@ -26,6 +26,16 @@ pub mod slots;
 use std::{fs::File, io, os::fd::AsRawFd, sync::Arc, time::Instant};
 
 pub use bus::{End, MachineBus};
+use caisson_virtio::{
+    VirtioDevice,
+    devices::{
+        balloon::{Balloon, Statistics},
+        block::{Block, DiskError},
+        mem::{MemoryDevice, MemoryError},
+    },
+    memory::{GuestRam, RamConfig, RamError},
+    mmio::{IrqLine, TransportState},
+};
 use caisson_vmm_api::{config::MAX_SLOTS, exit::ExitReason};
 use devices::Workshop;
 pub use devices::{DeviceBuildError, OpenDevice};
@@ -49,18 +59,11 @@ use vmm_sys_util::{
 use crate::{
     boot::{self, BootError, BootSource},
     devices::{
-        balloon::{Balloon, Statistics},
-        block::{Block, DiskError},
         exit::ExitPort,
-        mem::{MemoryDevice, MemoryError},
         serial::{Console, ConsoleSink, SERIAL_GSI},
     },
-    memory::{GuestRam, RamConfig, RamError, layout::KVM_TSS},
+    layout::KVM_TSS,
     snapshot::MachineState,
-    virtio::{
-        VirtioDevice,
-        mmio::{IrqLine, TransportState},
-    },
 };
 
 /// The version of KVM's interface that exists.

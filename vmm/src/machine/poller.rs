@@ -2,9 +2,8 @@
 
 use std::{io, os::fd::RawFd, sync::Arc};
 
+use caisson_virtio::{PollSource, mmio::Watcher};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-
-use crate::virtio::{PollSource, mmio::Watcher};
 
 /// What a descriptor is watched for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use caisson_virtio::memory::GuestRam;
 use caisson_vmm_api::config::MAX_PROCESSORS;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -8,7 +9,6 @@ use super::MachineBus;
 use crate::{
     boot::Entry,
     jail,
-    memory::GuestRam,
     seccomp::Thread,
     vcpu::{VcpuCommandError, VcpuError, VcpuThread, cpuid::CpuTemplate, registers},
 };

@@ -6,8 +6,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use caisson_virtio::devices::fs::Workers;
+
 use crate::{
-    devices::fs::Workers,
     jail::{self, own_descriptors},
     seccomp::Thread,
 };

@@ -7,6 +7,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use caisson_virtio::{
+    DeviceEvent, VirtioDevice,
+    memory::GuestMem,
+    mmio::{MmioTransport, QUEUE_NOTIFY, Slot, TransportState, TransportStateError},
+};
 use caisson_vmm_api::config::MAX_SLOTS;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::{
@@ -15,16 +20,7 @@ use vmm_sys_util::{
 };
 
 use super::poller::{Poller, SlotWatcher, Token};
-use crate::{
-    memory::{
-        GuestMem,
-        layout::{MMIO_SLOT_SIZE, MMIO_SLOTS},
-    },
-    virtio::{
-        DeviceEvent, VirtioDevice,
-        mmio::{MmioTransport, QUEUE_NOTIFY, Slot, TransportState, TransportStateError},
-    },
-};
+use crate::layout::{MMIO_SLOT_SIZE, MMIO_SLOTS};
 
 /// The interrupts that slots use, over and over when there are more slots.
 const FIRST_GSI: u32 = 5;

@@ -207,3 +207,13 @@ fn processors_and_devices_make_few_calls() {
     // capget and capset among them: the thread of a later processor drops capabilities, which it has none of by then.
     assert!(all <= 58, "{all} calls with those that only a controller can cause");
 }
+
+#[test]
+fn the_filter_of_shared_directories_allows_all_that_their_workers_do() {
+    caisson_virtio::devices::fs::exercise_workers(|| apply(Thread::Fs, SeccompMode::Kill).unwrap());
+}
+
+#[test]
+fn the_filter_of_the_event_loop_allows_all_that_the_socket_device_does() {
+    caisson_virtio::devices::vsock::exercise_device(|| apply(Thread::Devices, SeccompMode::Kill).unwrap());
+}

@@ -27,6 +27,7 @@ use std::{
     time::Instant,
 };
 
+use caisson_virtio::{DeviceError, memory::RamError};
 use caisson_vmm_api::control::protocol::RestoreCommand;
 pub use format::FormatError;
 use kvm_ioctls::Kvm;
@@ -35,10 +36,8 @@ pub use state::MachineState;
 use crate::{
     devices::serial::ConsoleSink,
     machine::{Machine, MachineError, OpenDevice, ProcessorError, poller::Poller, shares::Shares},
-    memory::RamError,
     resources::{self, Access, ConsoleEnds, Descriptors, ResourceError},
     vcpu::VcpuCommandError,
-    virtio::DeviceError,
 };
 
 /// Why a machine could not be saved or restored.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use caisson_virtio::mmio::TransportState;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
@@ -15,7 +16,6 @@ use crate::{
     devices::serial::SavedSerial,
     machine::{Machine, MachineShape, OpenDevice},
     vcpu::cpuid::CpuModel,
-    virtio::mmio::TransportState,
 };
 
 /// A machine, save for its memory.
@@ -101,7 +101,7 @@ impl MachineState {
     /// A state with nothing in it.
     #[cfg(test)]
     pub(super) fn empty_for_tests() -> Self {
-        use crate::memory::RamConfig;
+        use caisson_virtio::memory::RamConfig;
         use caisson_vmm_api::{config::Backing, config::HugePages};
         let ram =
             RamConfig { size: 1 << 20, hotplug: 0, backing: Backing::Anonymous, huge_pages: HugePages::Off };

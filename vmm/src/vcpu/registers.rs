@@ -1,5 +1,6 @@
 //! The state in which the first processor enters the kernel.
 
+use caisson_virtio::memory::layout::PAGE_SIZE;
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -7,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use super::VcpuError;
 use crate::{
     boot::Entry,
-    memory::layout::{BOOT_GDT, BOOT_PML4, PAGE_SIZE, PVH_START_INFO, ZERO_PAGE},
+    layout::{BOOT_GDT, BOOT_PML4, PVH_START_INFO, ZERO_PAGE},
 };
 
 const CR0_PE: u64 = 1;

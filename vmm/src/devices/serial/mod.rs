@@ -8,11 +8,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
+use caisson_virtio::mmio::IrqLine;
 pub use sink::{ConsoleMetrics, ConsoleSink};
 use vm_superio::{Serial, SerialState, Trigger, serial::SerialEvents};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
-use crate::virtio::mmio::IrqLine;
 
 /// First port of the device.
 pub const SERIAL_PORT: u16 = 0x3f8;

@@ -6,9 +6,8 @@ use std::{
     time::Instant,
 };
 
+use caisson_virtio::metrics::Counter;
 use serde::Serialize;
-
-use crate::metrics::Counter;
 
 /// Counters of the console's output.
 #[derive(Debug, Default, Serialize)]

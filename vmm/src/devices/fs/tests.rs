@@ -1,4 +1,0 @@
-mod bench;
-mod contents;
-mod hostile;
-mod operations;

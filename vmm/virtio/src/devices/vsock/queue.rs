@@ -1,0 +1,230 @@
+//! What happens to descriptor chains: packets from the guest, packets to it, and events for it.
+
+use std::{
+    num::Wrapping,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+use super::{
+    metrics::VsockMetrics,
+    muxer::Muxer,
+    packet::{HEADER_LEN, Header},
+};
+use crate::{
+    DeviceError, Interrupt,
+    buffers::{ChainError, GuestBuffers, pop_chain},
+    memory::GuestMem,
+};
+
+/// The queue with buffers for packets to the guest.
+pub(super) const RX: usize = 0;
+/// The queue with packets from the guest.
+pub(super) const TX: usize = 1;
+/// The queue with buffers for events.
+pub(super) const EVENT: usize = 2;
+
+/// The most chains that one call takes from each queue, so that a driver that keeps adding does not keep us.
+const BUDGET: usize = 256;
+
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, section 5.10.6.7, as little-endian bytes.
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
+
+/// What a call left undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// Nothing: the next event will bring news.
+    Idle,
+    /// The budget was used up.
+    More,
+    /// It waits for the other queue.
+    Blocked,
+}
+
+/// How far telling a restored guest to forget its connections has come.
+///
+/// Linux resets every connection that it has *when it handles the event*, new ones as well, and the host's
+/// clients connect the moment that the machine is restored. So nothing is sent to the guest before the driver
+/// has given the event's buffer back, which Linux does after having handled it, or for a time that ends by
+/// itself.
+#[derive(Clone, Copy, Debug)]
+enum TransportReset {
+    Due { until: Instant },
+    Sent { available: Wrapping<u16>, until: Instant },
+}
+
+/// The queues of an active device.
+pub(super) struct Queues {
+    pub(super) mem: GuestMem,
+    pub(super) queues: [Queue; 3],
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) metrics: Arc<VsockMetrics>,
+    transport_reset: Option<TransportReset>,
+}
+
+impl Queues {
+    pub(super) fn new(
+        mem: GuestMem,
+        queues: [Queue; 3],
+        interrupt: Arc<dyn Interrupt>,
+        metrics: Arc<VsockMetrics>,
+    ) -> Self {
+        Self { mem, queues, interrupt, metrics, transport_reset: None }
+    }
+
+    /// Tells the guest to forget its connections, and holds back new ones until it has, for `wait` at most.
+    pub(super) fn reset_transport(&mut self, wait: Duration) {
+        self.transport_reset = Some(TransportReset::Due { until: Instant::now() + wait });
+    }
+
+    /// Until when new connections are held back.
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        self.transport_reset.map(|reset| match reset {
+            TransportReset::Due { until } | TransportReset::Sent { until, .. } => until,
+        })
+    }
+
+    /// Sends the event that is due, or finds out whether the guest has handled it.
+    pub(super) fn handle_events(&mut self) -> Result<(), DeviceError> {
+        let Some(reset) = self.transport_reset else { return Ok(()) };
+        match reset {
+            TransportReset::Due { until } => {
+                if let Some(available) = self.send_event()? {
+                    self.transport_reset = Some(TransportReset::Sent { available, until });
+                    self.finish(EVENT)?;
+                }
+            }
+            TransportReset::Sent { available, .. } => {
+                let now = self.queues[EVENT].avail_idx(&*self.mem, Ordering::Acquire).map_err(ring(EVENT))?;
+                if now != available {
+                    self.transport_reset = None;
+                }
+            }
+        }
+        // An event that could not be sent for want of a buffer is not worth a machine without connections.
+        if self.held_until().is_some_and(|until| until <= Instant::now()) {
+            self.transport_reset = None;
+        }
+        Ok(())
+    }
+
+    /// Returns the available index as of the event, or `None` when there is no buffer for it.
+    fn send_event(&mut self) -> Result<Option<Wrapping<u16>>, DeviceError> {
+        let queue = &mut self.queues[EVENT];
+        let available = queue.avail_idx(&*self.mem, Ordering::Acquire).map_err(ring(EVENT))?;
+        // Returning a buffer must be heard of.
+        queue.enable_notification(&*self.mem).map_err(ring(EVENT))?;
+        let Some(chain) = pop_chain(queue, &self.mem).map_err(ring(EVENT))? else { return Ok(None) };
+        let head = chain.head_index();
+        let (mut readable, mut writable) =
+            (GuestBuffers::new(self.mem.clone()), GuestBuffers::new(self.mem.clone()));
+        GuestBuffers::append_chain(chain, &mut readable, &mut writable).map_err(driver(EVENT))?;
+        if writable.copy_from(0, &TRANSPORT_RESET) < TRANSPORT_RESET.len() {
+            return Err(DeviceError::Driver { queue: EVENT, what: "event buffer too short" });
+        }
+        queue.add_used(&*self.mem, head, 4).map_err(ring(EVENT))?;
+        Ok(Some(available))
+    }
+
+    /// Takes in packets from the guest.
+    pub(super) fn transmit(&mut self, muxer: &mut Muxer) -> Result<Progress, DeviceError> {
+        let mut progress = Progress::More;
+        let mut used = false;
+        for _ in 0..BUDGET {
+            if !muxer.takes_packets() {
+                progress = Progress::Blocked;
+                break;
+            }
+            let queue = &mut self.queues[TX];
+            let Some(chain) = pop_chain(queue, &self.mem).map_err(ring(TX))? else {
+                if queue.enable_notification(&*self.mem).map_err(ring(TX))? {
+                    continue;
+                }
+                progress = Progress::Idle;
+                break;
+            };
+            let head = chain.head_index();
+            let (mut packet, mut writable) =
+                (GuestBuffers::new(self.mem.clone()), GuestBuffers::new(self.mem.clone()));
+            GuestBuffers::append_chain(chain, &mut packet, &mut writable).map_err(driver(TX))?;
+            let mut header = [0; HEADER_LEN];
+            if packet.copy_to(0, &mut header) < HEADER_LEN {
+                return Err(DeviceError::Driver { queue: TX, what: "packet without a whole header" });
+            }
+            packet.advance(HEADER_LEN);
+            muxer.receive(&Header::decode(&header), packet);
+            self.queues[TX].add_used(&*self.mem, head, 0).map_err(ring(TX))?;
+            used = true;
+        }
+        if used {
+            self.finish(TX)?;
+        }
+        Ok(progress)
+    }
+
+    /// Sends packets to the guest.
+    pub(super) fn receive(&mut self, muxer: &mut Muxer) -> Result<Progress, DeviceError> {
+        if self.transport_reset.is_some() {
+            return Ok(Progress::Blocked);
+        }
+        let mut progress = Progress::More;
+        let mut used = false;
+        for _ in 0..BUDGET {
+            if !muxer.has_packets() {
+                progress = Progress::Idle;
+                break;
+            }
+            let queue = &mut self.queues[RX];
+            let Some(chain) = pop_chain(queue, &self.mem).map_err(ring(RX))? else {
+                if queue.enable_notification(&*self.mem).map_err(ring(RX))? {
+                    continue;
+                }
+                self.metrics.rx_starved.inc();
+                progress = Progress::Blocked;
+                break;
+            };
+            let head = chain.head_index();
+            let (mut readable, mut room) =
+                (GuestBuffers::new(self.mem.clone()), GuestBuffers::new(self.mem.clone()));
+            GuestBuffers::append_chain(chain, &mut readable, &mut room).map_err(driver(RX))?;
+            if room.len() < HEADER_LEN {
+                return Err(DeviceError::Driver { queue: RX, what: "buffer too short for a header" });
+            }
+            let mut payload = room.split_off(HEADER_LEN);
+            let packet = muxer
+                .next_packet(&mut payload)
+                .map_err(|_| DeviceError::Driver { queue: RX, what: "buffer with no room for data" })?;
+            let Some(header) = packet else {
+                self.queues[RX].go_to_previous_position();
+                progress = Progress::Idle;
+                break;
+            };
+            room.copy_from(0, &header.encode());
+            self.queues[RX].add_used(&*self.mem, head, header.packet_len()).map_err(ring(RX))?;
+            used = true;
+        }
+        if used {
+            self.finish(RX)?;
+        }
+        Ok(progress)
+    }
+
+    /// Interrupts the guest for what was used, if it asked for that.
+    fn finish(&mut self, index: usize) -> Result<(), DeviceError> {
+        let Some(queue) = self.queues.get_mut(index) else { return Ok(()) };
+        if queue.needs_notification(&*self.mem).map_err(ring(index))? {
+            self.interrupt.signal_queue(index);
+        }
+        Ok(())
+    }
+}
+
+fn ring(queue: usize) -> impl Fn(virtio_queue::Error) -> DeviceError {
+    move |source| DeviceError::Ring { queue, source }
+}
+
+fn driver(queue: usize) -> impl Fn(ChainError) -> DeviceError {
+    move |error| DeviceError::Driver { queue, what: error.what() }
+}

@@ -1,0 +1,60 @@
+use serde::{Deserialize, Serialize};
+
+use super::Status;
+use crate::{SavedQueue, devices::DeviceState};
+
+/// A transport and its device in a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TransportState {
+    /// Device status.
+    pub status: Status,
+    /// Features that the driver accepted.
+    pub driver_features: u64,
+    /// `DeviceFeaturesSel`.
+    pub device_features_sel: u32,
+    /// `DriverFeaturesSel`.
+    pub driver_features_sel: u32,
+    /// `QueueSel`.
+    pub queue_sel: u32,
+    /// `InterruptStatus`.
+    pub interrupt_status: u32,
+    /// `ConfigGeneration`.
+    pub config_generation: u32,
+    /// The queues as the driver has set them up so far. For an active device, those in `device` are newer.
+    pub queues: Vec<SavedQueue>,
+    /// The device had been activated.
+    pub active: bool,
+    /// The device.
+    pub device: DeviceState,
+}
+
+/// A saved transport that does not fit the device it is to be restored to.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportStateError {
+    /// The number of queues differs.
+    #[error("the snapshot has {got} queues, the device {expected}")]
+    QueueCount {
+        /// The device's.
+        expected: usize,
+        /// The snapshot's.
+        got: usize,
+    },
+    /// A queue is impossible.
+    #[error("queue {index}")]
+    Queue {
+        /// Which.
+        index: usize,
+        /// What is wrong with it.
+        #[source]
+        source: virtio_queue::Error,
+    },
+    /// A queue is larger than the device allows, or lies outside guest memory.
+    #[error("queue {0} does not fit the device or guest memory")]
+    QueueInvalid(usize),
+    /// Features were accepted that the device does not offer.
+    #[error("features {0:#x} are not offered by this device")]
+    Features(u64),
+    /// The device refused.
+    #[error("activating the device")]
+    Activate(#[source] crate::ActivateError),
+}
