@@ -10,7 +10,7 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_e2e::{
     ctr,
     guest_share::Script,
@@ -18,6 +18,7 @@ use caisson_e2e::{
 };
 use caisson_vmm_api::{
     config::{DeviceConfig, FileSource, FsDevice},
+    control::metrics::Counter,
     devices::FsConfig,
 };
 
@@ -176,9 +177,9 @@ done";
 /// What the share's device has answered so far, in bytes.
 fn answered(vmm: &mut Vmm) -> Result<u64> {
     let metrics = vmm.client.metrics()?;
-    let slots = metrics.get("slots").and_then(|slots| slots.as_object()).context("no slots")?;
-    let bytes = slots.values().find_map(|slot| slot.get("fs")?.get("reply_bytes")?.as_u64());
-    bytes.context("no share's metrics")
+    let bytes = metrics.slots.values().find_map(|device| device.counter("fs", "reply_bytes"));
+    let Some(Counter::Single(bytes)) = bytes else { bail!("no share's metrics: {metrics:?}") };
+    Ok(*bytes)
 }
 
 #[test]

@@ -3,8 +3,9 @@
 
 use std::{collections::BTreeMap, fs};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, bail, ensure};
 use caisson_e2e::{guest_share::Script, vmm::Vmm};
+use caisson_vmm_api::control::metrics::Counter;
 
 /// Files in each phase.
 const FILES: u64 = 50;
@@ -23,10 +24,9 @@ sleep 1000";
 /// The requests so far, by operation.
 fn operations(vmm: &mut Vmm) -> Result<BTreeMap<String, u64>> {
     let metrics = vmm.client.metrics()?;
-    let slots = metrics.get("slots").and_then(|slots| slots.as_object()).context("no slots")?;
-    let counts = slots.values().find_map(|slot| slot.get("fs")?.get("operations")?.as_object());
-    let counts = counts.context("no share's metrics")?;
-    Ok(counts.iter().filter_map(|(name, count)| Some((name.clone(), count.as_u64()?))).collect())
+    let counts = metrics.slots.values().find_map(|device| device.counter("fs", "operations"));
+    let Some(Counter::ByName(counts)) = counts else { bail!("no share's metrics: {metrics:?}") };
+    Ok(counts.clone())
 }
 
 #[test]

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use caisson_protocol::client::call;
 use caisson_protocol::v1;
-use caisson_vmm_api::control::protocol::Resize;
+use caisson_vmm_api::control::{
+    self,
+    metrics::{MemoryMetrics, Metrics},
+    protocol::Resize,
+};
 use tokio::time::{Instant, sleep};
 
 use super::{Machine, MachineError};
@@ -18,14 +22,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
-/// What the VMM says of the machine.
-struct Sizes {
-    /// Processors that exist.
-    vcpus: u64,
-    plugged_mib: u64,
-    balloon_mib: u64,
-}
-
 impl Machine {
     /// Has the machine become of this size, and returns when it is.
     ///
@@ -34,7 +30,7 @@ impl Machine {
     /// back. It goes on trying then.
     pub async fn resize(&self, target: Target) -> Result<(), MachineError> {
         // A processor exists before the guest can bring it up, and goes on existing after the guest has let go of it.
-        if u64::from(target.vcpus) > self.sizes().await?.vcpus {
+        if u32::from(target.vcpus) > self.metrics().await?.vcpus {
             let cpus = Resize { cpus: Some(target.vcpus), ..Resize::default() };
             self.control(move |vmm| vmm.resize(cpus)).await?;
         }
@@ -52,7 +48,7 @@ impl Machine {
     async fn settle(&self, target: Target) -> Result<(), MachineError> {
         let deadline = Instant::now() + GUEST;
         loop {
-            let Sizes { plugged_mib, balloon_mib, .. } = self.sizes().await?;
+            let (plugged_mib, balloon_mib) = sizes(&self.metrics().await?.memory);
             if (plugged_mib, balloon_mib) == (target.plugged_mib, target.balloon_mib) {
                 return Ok(());
             }
@@ -68,13 +64,30 @@ impl Machine {
         }
     }
 
-    async fn sizes(&self) -> Result<Sizes, MachineError> {
-        let metrics = self.control(caisson_vmm_api::control::Client::metrics).await?;
-        let number = |name: &str| metrics.pointer(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
-        Ok(Sizes {
-            vcpus: number("/vcpus"),
-            plugged_mib: number("/memory/plugged_bytes") / MIB,
-            balloon_mib: number("/memory/balloon_pages").saturating_mul(PAGE) / MIB,
-        })
+    async fn metrics(&self) -> Result<Metrics, MachineError> {
+        self.control(control::Client::metrics).await
+    }
+}
+
+/// The MiB that are plugged and the MiB in the balloon. A machine without the device has none of either.
+fn sizes(memory: &MemoryMetrics) -> (u64, u64) {
+    let plugged = memory.plugged_bytes.unwrap_or(0);
+    let balloon = u64::from(memory.balloon_pages.unwrap_or(0)).saturating_mul(PAGE);
+    (plugged / MIB, balloon / MIB)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resize_sizes_are_mib_of_bytes_and_of_pages() {
+        let memory = MemoryMetrics {
+            plugged_bytes: Some(3 * MIB + 1),
+            balloon_pages: Some(512),
+            ..MemoryMetrics::default()
+        };
+        assert_eq!(sizes(&memory), (3, 2));
+        assert_eq!(sizes(&MemoryMetrics::default()), (0, 0), "a machine without either device");
     }
 }

@@ -267,7 +267,7 @@ impl Supervisor {
                 let memory = descriptors.open("snapshot.memory", &memory, Access::Create)?;
                 snapshot::save(&self.kvm, machine, &state, &memory)?;
             }
-            Command::Metrics => return Ok(Reply::Metrics(self.machine()?.metrics())),
+            Command::Metrics => return Ok(Reply::Metrics(Box::new(self.machine()?.metrics()))),
             Command::Shutdown => self.ending = true,
         }
         Ok(Reply::Done)

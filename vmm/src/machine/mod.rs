@@ -5,6 +5,7 @@
 //! | `bus` | which device answers at which address |
 //! | `input` | what is typed on the console |
 //! | `memory_blocks` | the memory device's blocks as KVM memory slots |
+//! | `metrics` | what the control API reports |
 //! | [`poller`] | the descriptors that the event loop watches |
 //! | [`slots`] | virtio-mmio slots and their wiring to KVM |
 //! | [`shares`] | what serves shared directories |
@@ -18,6 +19,7 @@ mod bus;
 mod devices;
 mod input;
 mod memory_blocks;
+mod metrics;
 pub mod poller;
 mod processors;
 pub mod shares;
@@ -29,7 +31,7 @@ pub use bus::{End, MachineBus};
 use caisson_virtio::{
     VirtioDevice,
     devices::{
-        balloon::{Balloon, Statistics},
+        balloon::Balloon,
         block::{Block, DiskError},
         mem::{MemoryDevice, MemoryError},
     },
@@ -393,44 +395,6 @@ impl Machine {
     fn first_device<D: VirtioDevice, T>(&self, mut f: impl FnMut(&mut D) -> T) -> Option<T> {
         let slots = (0u8..).take(self.bus.slots.count());
         slots.filter_map(|slot| self.bus.slots.with(slot, |t| t.device_as::<D>().map(&mut f)).ok()??).next()
-    }
-
-    /// Sizes, times and counters.
-    #[must_use]
-    pub fn metrics(&self) -> serde_json::Value {
-        let devices: serde_json::Map<_, _> = (0u8..)
-            .take(self.bus.slots.count())
-            .filter_map(|slot| {
-                let metrics = self.bus.slots.with(slot, |transport| transport.metrics()).ok()??;
-                Some((slot.to_string(), serde_json::to_value(metrics).unwrap_or_default()))
-            })
-            .collect();
-        serde_json::json!({
-            "vcpus": self.processors.count(),
-            "running": self.processors.running(),
-            "memory": {
-                "boot_bytes": self.shape.ram.size,
-                "plugged_bytes": self.first_device::<MemoryDevice, _>(|mem| mem.plugged_size()),
-                "balloon_pages": self.first_device::<Balloon, _>(|balloon| balloon.actual_pages()),
-                "guest": self.guest_statistics(),
-            },
-            "phases_us": self.bus.exit_port.phases(),
-            "console": *self.bus.console.metrics(),
-            "slots": devices,
-        })
-    }
-
-    /// What the guest last said of its memory. It is asked to say it again, for the next look.
-    fn guest_statistics(&self) -> Option<Statistics> {
-        let running = self.processors.running();
-        self.first_device::<Balloon, _>(|balloon| {
-            let last = *balloon.statistics();
-            if running {
-                // A ring that is broken ends the device at its next event.
-                let _ = balloon.request_statistics();
-            }
-            last
-        })
     }
 
     /// Lets all processors run.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    metrics::Metrics,
     protocol::{Command, Failure, Message, Reply, Request, Resize, RestoreCommand, VERSION},
     socket,
 };
@@ -199,9 +200,9 @@ impl Client {
     ///
     /// # Errors
     /// See [`ClientError`].
-    pub fn metrics(&mut self) -> Result<serde_json::Value, ClientError> {
+    pub fn metrics(&mut self) -> Result<Metrics, ClientError> {
         match self.call(Command::Metrics, &[])? {
-            Reply::Metrics(metrics) => Ok(metrics),
+            Reply::Metrics(metrics) => Ok(*metrics),
             _ => Err(ClientError::Unexpected),
         }
     }

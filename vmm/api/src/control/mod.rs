@@ -3,6 +3,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`protocol`] | requests, responses, events: JSON, one message a packet, versioned |
+//! | [`metrics`] | the reply to a request for metrics |
 //! | [`socket`] | packets with descriptors on a unix socket |
 //! | [`client`] | the typed client |
 //!
@@ -11,6 +12,7 @@
 //! `fd:0` is the first of them.
 
 pub mod client;
+pub mod metrics;
 pub mod protocol;
 pub mod socket;
 

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::metrics::Metrics;
 use crate::{
     config::{ConsoleConfig, DeviceConfig, FileSource, MachineConfig},
     exit::ExitReason,
@@ -171,7 +172,7 @@ pub enum Reply {
         bytes: u64,
     },
     /// Counters and sizes.
-    Metrics(serde_json::Value),
+    Metrics(Box<Metrics>),
 }
 
 /// Why a request was not carried out.
