@@ -9,7 +9,7 @@
 //! - [`network`]: the pod's interfaces, addresses, routes, neighbours; [`namespace`]: work in another namespace.
 //! - [`pod`]: the namespaces that containers share; [`storage`]: file systems that the host names;
 //!   [`transfer`]: files in and out, connections into the pod.
-//! - [`task`]: tasks, and work that blocks; [`drill`]: deaths on purpose.
+//! - [`task`]: tasks, and work that blocks; `failpoint`: failures on purpose, for tests.
 //! - [`process`]: how this process itself begins.
 //! - [`reaper`]: the one place that calls `wait4(2)`, and hands exit statuses to whoever started the process.
 //! - [`container`]: OCI containers; knows neither gRPC nor vsock; [`oci`]: the runtime specification's types.
@@ -17,7 +17,8 @@
 pub mod clock;
 pub mod connection;
 pub mod container;
-pub mod drill;
+#[cfg(any(test, feature = "failpoints"))]
+pub mod failpoint;
 pub mod guest;
 pub mod init;
 pub mod log;

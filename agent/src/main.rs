@@ -9,10 +9,10 @@ use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::time::Duration;
 
-use caisson_agent::options::{Command, Drill, Listen, OptionError, Options, USAGE};
+use caisson_agent::options::{Command, Listen, OptionError, Options, USAGE};
 use caisson_agent::reaper::Reaper;
 use caisson_agent::state::{Shutdown, State};
-use caisson_agent::{connection, drill, init, log, pod, process, service, task};
+use caisson_agent::{connection, init, log, pod, process, service, task};
 use caisson_protocol::v1::{ShuttingDown, event};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -154,10 +154,9 @@ fn serve(
         let mut interrupt = signal(SignalKind::interrupt())?;
         let by_signal = Shutdown { reboot: false, grace_ms: SIGNAL_GRACE_MS };
         let mut server = tokio::spawn(service::serve(state.clone(), incoming));
-        match options.drill {
-            Some(Drill::Panic) => drop(task::spawn(panic_on_purpose())),
-            Some(Drill::Die(call)) => drill::die_of_call(call),
-            None => {}
+        #[cfg(feature = "failpoints")]
+        if let Some(failpoint) = options.failpoint {
+            failpoint.arm();
         }
         let mut serving = true;
         let how = tokio::select! {
@@ -192,11 +191,6 @@ fn report_panics(state: &Arc<State>) {
         error!(%panic, "panic");
         state.fault("panic", panic.to_string());
     }));
-}
-
-#[allow(clippy::panic)] // That is the drill.
-async fn panic_on_purpose() {
-    panic!("a drill")
 }
 
 fn follow_kernel_log(state: &Arc<State>) {

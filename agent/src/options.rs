@@ -1,28 +1,26 @@
 //! Options: of the command line on a plain machine, of the kernel's (`caisson.NAME=VALUE`) as PID 1.
 
 use std::ffi::OsString;
-use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use caisson_protocol::DEFAULT_ROOT;
 use thiserror::Error;
 use tracing::Level;
 
+#[cfg(any(test, feature = "failpoints"))]
+use crate::failpoint::Failpoint;
+
 /// Printed for `--help`.
 pub const USAGE: &str = "\
 Usage: caisson-agent [--listen vsock|unix:PATH] [--root DIR] [--log LEVEL]
 
 As PID 1 the agent sets up the machine first, and takes its options from the
-kernel command line: caisson.listen=, caisson.root=, caisson.log=,
-caisson.drill=.
+kernel command line: caisson.listen=, caisson.root=, caisson.log=.
 
   --listen vsock      vsock ports of the agent's protocol (default)
   --listen unix:PATH  a unix socket that answers CONNECT <port>
   --root DIR          state and mounts (default /run/caisson)
   --log LEVEL         error, warn, info (default), debug or trace
-  --drill panic       once serving, a task of the agent panics: to try what
-                      watches over its health
-  --drill die:N       the agent dies of its Nth call, unanswered
   --version           print the version
 ";
 
@@ -44,17 +42,9 @@ pub struct Options {
     pub root: PathBuf,
     /// Most verbose level that is logged.
     pub log: Level,
-    /// What shall break once the agent serves.
-    pub drill: Option<Drill>,
-}
-
-/// Something that breaks on purpose, so that what watches over the agent's health can be tried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Drill {
-    /// A task panics.
-    Panic,
-    /// The agent dies of the call with this number, the first of which is 1. PID 1's death is a kernel panic.
-    Die(NonZeroU32),
+    /// What fails on purpose once the agent serves.
+    #[cfg(any(test, feature = "failpoints"))]
+    pub failpoint: Option<Failpoint>,
 }
 
 /// What the command line asks for.
@@ -90,7 +80,13 @@ pub enum OptionError {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { listen: Listen::Vsock, root: DEFAULT_ROOT.into(), log: Level::INFO, drill: None }
+        Options {
+            listen: Listen::Vsock,
+            root: DEFAULT_ROOT.into(),
+            log: Level::INFO,
+            #[cfg(any(test, feature = "failpoints"))]
+            failpoint: None,
+        }
     }
 }
 
@@ -107,7 +103,7 @@ impl Options {
             match argument {
                 Long("help") | Short('h') => return Ok(Command::Help),
                 Long("version") | Short('V') => return Ok(Command::Version),
-                Long(name @ ("listen" | "root" | "log" | "drill")) => {
+                Long(name @ ("listen" | "root" | "log")) => {
                     let name = name.to_owned();
                     options.set(&name, &parser.value()?.string()?)?;
                 }
@@ -143,11 +139,8 @@ impl Options {
             "root" if value.starts_with('/') => self.root = value.into(),
             "root" => return Err(invalid()),
             "log" => self.log = value.parse().map_err(|_| invalid())?,
-            "drill" if value == "panic" => self.drill = Some(Drill::Panic),
-            "drill" => {
-                let call = value.strip_prefix("die:").and_then(|call| call.parse().ok());
-                self.drill = Some(Drill::Die(call.ok_or_else(invalid)?));
-            }
+            #[cfg(any(test, feature = "failpoints"))]
+            "failpoint" => self.failpoint = Some(Failpoint::parse(value).ok_or_else(invalid)?),
             _ => return Err(OptionError::Unknown(name.to_owned())),
         }
         Ok(())
@@ -166,26 +159,18 @@ mod tests {
 
     #[test]
     fn arguments() {
-        let arguments = ["--listen", "unix:/a", "--root=/b", "--log", "debug", "--drill=panic"];
+        let arguments = ["--listen", "unix:/a", "--root=/b", "--log", "debug"];
         let wanted = Options {
             listen: Listen::Unix("/a".into()),
             root: "/b".into(),
             log: Level::DEBUG,
-            drill: Some(Drill::Panic),
+            failpoint: None,
         };
         assert_eq!(parse(&arguments).unwrap(), Command::Run(wanted));
         assert_eq!(parse(&["-h", "x"]).unwrap(), Command::Help);
-        let die = Options { drill: Some(Drill::Die(NonZeroU32::MIN)), ..Options::default() };
-        assert_eq!(parse(&["--drill", "die:1"]).unwrap(), Command::Run(die));
-        for bad in [
-            &["--listen", "tcp:1"][..],
-            &["--root", "relative"],
-            &["--nonsense"],
-            &["x"],
-            &["--log", "loud"],
-            &["--drill", "fire"],
-            &["--drill", "die:0"],
-        ] {
+        for bad in
+            [&["--listen", "tcp:1"][..], &["--root", "relative"], &["--nonsense"], &["x"], &["--log", "loud"]]
+        {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
     }
@@ -197,6 +182,20 @@ mod tests {
         let (options, errors) = Options::from_kernel(line);
         assert_eq!(options.log, Level::TRACE);
         assert_eq!(errors.len(), 2);
+    }
+
+    #[test]
+    fn failpoints_are_options_of_the_kernel_only() {
+        let failpoint = |value: &str| {
+            let (options, errors) = Options::from_kernel(&format!("caisson.failpoint={value}"));
+            (options.failpoint, errors.len())
+        };
+        assert_eq!(failpoint("panic"), (Some(Failpoint::Panic), 0));
+        assert_eq!(failpoint("die:1"), (Some(Failpoint::Die(std::num::NonZeroU32::MIN)), 0));
+        for bad in ["fire", "die", "die:0", "die:x"] {
+            assert_eq!(failpoint(bad), (None, 1), "{bad}");
+        }
+        assert!(parse(&["--failpoint", "panic"]).is_err());
     }
 
     proptest! {

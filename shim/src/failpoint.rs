@@ -1,9 +1,9 @@
-//! Dying on purpose, for tests of what is left then.
+//! Dying on purpose, for tests of what is left then. Only with the feature `failpoints`, which what ships does not have.
 //!
 //! The variable `CAISSON_FAILPOINT` of the environment, which only tests set, names a file with a number, and perhaps that
 //! of a process. A shim that finds it kills itself, or that process, after so many steps of its pod's record: at the worst
-//! moment, as a thing is written down and not made, or made and not used, or undone and not struck off. Without the
-//! variable this costs one look at memory. What removes a dead shim's pod does not look.
+//! moment, as a thing is written down and not made, or made and not used, or undone and not struck off. What
+//! removes a dead shim's pod does not look.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::process::{Pid, Signal, getpid, kill_process};
 
 /// The variable.
+#[cfg(feature = "failpoints")]
 const VARIABLE: &str = "CAISSON_FAILPOINT";
 
 /// Who dies, and after how many steps.
@@ -22,7 +23,8 @@ struct Failpoint {
 
 static ARMED: OnceLock<Failpoint> = OnceLock::new();
 
-/// Has this process, which is a shim, look for it.
+/// Arms the failpoint of the environment in this process, which serves a pod.
+#[cfg(feature = "failpoints")]
 pub(crate) fn arm() {
     if let Some(failpoint) = Failpoint::of_environment() {
         let _ = ARMED.set(failpoint);
@@ -42,6 +44,7 @@ pub(crate) fn reached() {
 }
 
 impl Failpoint {
+    #[cfg(feature = "failpoints")]
     fn of_environment() -> Option<Failpoint> {
         let file = std::env::var_os(VARIABLE)?;
         Failpoint::parse(&std::fs::read_to_string(file).ok()?)
@@ -64,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_number_and_perhaps_a_process_are_a_failpoint() {
+    fn failpoints_are_a_number_and_perhaps_a_process() {
         let parsed = |text| Failpoint::parse(text).map(|it| (it.steps, it.victim.map(Pid::as_raw_nonzero)));
         assert_eq!(parsed("7\n"), Some((7, None)));
         let victim = Pid::from_raw(12).map(Pid::as_raw_nonzero);

@@ -34,6 +34,7 @@ pub mod cgroup;
 pub mod config;
 pub mod directory;
 pub mod events;
+#[cfg(any(test, feature = "failpoints"))]
 mod failpoint;
 pub mod id;
 pub mod invocation;

@@ -142,7 +142,7 @@ fn an_agent_that_dies_of_any_call_is_seen_and_leaves_nothing() -> Result<()> {
     let handler = tempfile::Builder::new().suffix(".toml").tempfile()?;
     let config = handler.path().to_string_lossy().into_owned();
     for call in 1..40 {
-        let parameters = format!("[machine]\nkernel_parameters = \"caisson.drill=die:{call}\"\n");
+        let parameters = format!("[machine]\nkernel_parameters = \"caisson.failpoint=die:{call}\"\n");
         std::fs::write(handler.path(), parameters)?;
         let id = format!("agent-dies-{call}");
         let run = ["run", "--rm", "--runtime", RUNTIME, "--runtime-config-path", &config];

@@ -303,12 +303,12 @@ async fn the_kernels_log_arrives(vm: &PodVm, pod: &Pod) -> Result<()> {
 /// A panic ends a task of the agent, which says so and goes on; it does not end the machine.
 #[tokio::test]
 async fn a_panic_is_told_and_survived() -> Result<()> {
-    let mut vm = PodVm::boot_with_options("caisson.drill=panic", "").await?;
+    let mut vm = PodVm::boot_with_options("caisson.failpoint=panic", "").await?;
     let from = v1::EventsRequest { from_sequence: 1, epoch: Vec::new() };
     let mut events = vm.client.agent().events(from).await?.into_inner();
     let event = tokio::time::timeout(PATIENCE, events.message()).await??.context("an event")?;
     let Some(Kind::Fault(fault)) = event.kind else { anyhow::bail!("{event:?}") };
-    ensure!(fault.component == "panic" && fault.message.contains("a drill"), "{fault:?}");
+    ensure!(fault.component == "panic" && fault.message.contains("a failpoint panics"), "{fault:?}");
     let health = vm.client.agent().health(v1::HealthRequest {}).await?.into_inner();
     ensure!(health.state() == v1::health_response::State::Degraded && health.faults.len() == 1, "{health:?}");
     let pod = vm.pod().await?;

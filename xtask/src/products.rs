@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
     host::{Host, cargo},
@@ -43,58 +43,102 @@ impl Optimization {
             (Self::Quick, _) => format!("{shipped}-quick"),
         }
     }
+}
 
-    /// The directory that [`build`] fills.
-    fn directory(self, host: &Host) -> PathBuf {
-        host.target.join(match self {
-            Self::Shipped => "xtask/bin",
-            Self::Quick => "xtask/bin-quick",
-        })
-    }
+/// What the binaries are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To be used and measured.
+    Use,
+    /// To be tested: they can be made to fail on purpose (the feature [`FAILPOINTS`]).
+    Test,
+}
+
+/// The feature of the shim and the agent by which they fail on purpose.
+const FAILPOINTS: &str = "failpoints";
+
+/// The directory that [`build`] fills.
+fn directory(host: &Host, optimization: Optimization, purpose: Purpose) -> PathBuf {
+    host.target.join(match (optimization, purpose) {
+        (Optimization::Shipped, Purpose::Use) => "xtask/bin",
+        (Optimization::Shipped, Purpose::Test) => "xtask/bin-test",
+        (Optimization::Quick, Purpose::Use) => "xtask/bin-quick",
+        (Optimization::Quick, Purpose::Test) => "xtask/bin-quick-test",
+    })
 }
 
 /// Builds every binary of ours that the workspace has, and returns the directory that they are in.
 ///
 /// # Errors
-/// When one does not build.
-pub(crate) fn build(host: &Host, optimization: Optimization) -> Result<PathBuf> {
-    let output = optimization.directory(host);
+/// When one does not build, or can fail on purpose and should not, or the other way round.
+pub(crate) fn build(host: &Host, optimization: Optimization, purpose: Purpose) -> Result<PathBuf> {
+    let output = directory(host, optimization, purpose);
     fs::create_dir_all(&output).context("creating the directory of products")?;
     // The agent has a target and a profile of its own, and so shares nothing with the rest that it would wait for.
     // The end of each build, which optimizes a whole program, keeps one processor busy: two go on side by side.
     thread::scope(|scope| {
         let rest = scope.spawn(|| release(host, optimization, &output));
-        keep(&agent(host, optimization)?, &output)?;
-        keep(&shim(host, optimization)?, &output)?;
+        for program in [&AGENT, &SHIM] {
+            let file = program.build(host, optimization, purpose)?;
+            program
+                .check(&fs::read(&file).with_context(|| format!("reading {}", file.display()))?, purpose)?;
+            keep(&file, &output)?;
+        }
         rest.join().map_err(|_| anyhow!("the thread that builds panicked"))?
     })?;
     Ok(output)
 }
 
-/// Builds the shim.
-fn shim(host: &Host, optimization: Optimization) -> Result<PathBuf> {
-    static_program(host, ("shim", optimization), STATIC_FLAGS, "containerd-shim-caisson-v2")
+/// A static program of ours.
+struct StaticProgram {
+    /// The package is `caisson-NAME`, and the profile has this name too.
+    name: &'static str,
+    /// The file.
+    program: &'static str,
+    /// Flags of the compiler beyond [`STATIC_FLAGS`].
+    flags: &'static str,
+    /// Text that is in it if it can fail on purpose.
+    failpoint: &'static str,
 }
 
-/// Builds the agent.
-fn agent(host: &Host, optimization: Optimization) -> Result<PathBuf> {
-    let flags = format!("{STATIC_FLAGS} {AGENT_FLAGS}");
-    static_program(host, ("agent", optimization), &flags, "caisson-agent")
-}
+const AGENT: StaticProgram = StaticProgram {
+    name: "agent",
+    program: "caisson-agent",
+    flags: AGENT_FLAGS,
+    failpoint: "a failpoint panics",
+};
 
-/// Builds the program of the package `caisson-NAME` with the profile that is named after it.
-fn static_program(
-    host: &Host,
-    (name, optimization): (&str, Optimization),
-    flags: &str,
-    program: &str,
-) -> Result<PathBuf> {
-    let profile = optimization.profile(name);
-    let mut build = cargo();
-    build.args(["build", "--profile", &profile, "--package", &format!("caisson-{name}"), "--target", TARGET]);
-    build.env("RUSTFLAGS", flags).current_dir(&host.workspace);
-    proc::run(&mut build)?;
-    Ok(host.target.join(TARGET).join(profile).join(program))
+const SHIM: StaticProgram = StaticProgram {
+    name: "shim",
+    program: "containerd-shim-caisson-v2",
+    flags: "",
+    failpoint: "CAISSON_FAILPOINT",
+};
+
+impl StaticProgram {
+    fn build(&self, host: &Host, optimization: Optimization, purpose: Purpose) -> Result<PathBuf> {
+        let profile = optimization.profile(self.name);
+        let package = format!("caisson-{}", self.name);
+        let mut build = cargo();
+        build.args(["build", "--profile", &profile, "--package", &package, "--target", TARGET]);
+        if purpose == Purpose::Test {
+            build.args(["--features", FAILPOINTS]);
+        }
+        build.env("RUSTFLAGS", format!("{STATIC_FLAGS} {}", self.flags).trim_end());
+        proc::run(build.current_dir(&host.workspace))?;
+        Ok(host.target.join(TARGET).join(profile).join(self.program))
+    }
+
+    /// Whether the built program can fail on purpose exactly if it is to be tested.
+    fn check(&self, contents: &[u8], purpose: Purpose) -> Result<()> {
+        let mut windows = contents.windows(self.failpoint.len());
+        let found = windows.any(|window| window == self.failpoint.as_bytes());
+        match (purpose, found) {
+            (Purpose::Use, true) => bail!("{} can fail on purpose, and is not for tests", self.program),
+            (Purpose::Test, false) => bail!("{} has no failpoint to be tested by", self.program),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Builds what else runs on the host.
@@ -134,4 +178,18 @@ fn has_binary(host: &Host, binary: &str) -> Result<bool> {
         is_binary && target.get("name").is_some_and(|name| name == binary)
     };
     Ok(targets.into_iter().any(|target| is_it(&target)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failpoints_are_found_in_a_program() {
+        let with = format!("\0\u{1}{}\0", SHIM.failpoint);
+        SHIM.check(with.as_bytes(), Purpose::Test).unwrap();
+        SHIM.check(b"CAISSON_", Purpose::Use).unwrap();
+        SHIM.check(with.as_bytes(), Purpose::Use).unwrap_err();
+        SHIM.check(b"CAISSON_", Purpose::Test).unwrap_err();
+    }
 }

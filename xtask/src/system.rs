@@ -13,7 +13,7 @@ use crate::{
     kernel::{self, KernelArgs},
     overview::Overview,
     proc,
-    products::{self, Optimization},
+    products::{self, Optimization, Purpose},
     testbed::{
         MachineArgs, Variant,
         exec::{self, ExecArgs},
@@ -130,7 +130,7 @@ impl System {
 
 /// Makes our programs, and the guest's initramfs of one of them.
 fn programs(host: &Host, optimization: Optimization) -> Result<(PathBuf, PathBuf)> {
-    let products = products::build(host, optimization)?;
+    let products = products::build(host, optimization, Purpose::Use)?;
     let initramfs = initramfs::build(host, &products.join("caisson-agent"))?;
     runners(host, &products)?;
     Ok((products, initramfs))

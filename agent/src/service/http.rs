@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 
 use super::Router;
 use crate::connection::Connection;
-use crate::{drill, task};
+use crate::task;
 
 /// The header of a call's deadline.
 const TIMEOUT: &str = "grpc-timeout";
@@ -53,7 +53,8 @@ pub(super) async fn serve(
 
 async fn serve_connection(router: Router, connection: Connection, mut closed: watch::Receiver<bool>) {
     let answer = service_fn(move |request: http::Request<Incoming>| {
-        drill::call();
+        #[cfg(any(test, feature = "failpoints"))]
+        crate::failpoint::call();
         let deadline = request.headers().get(TIMEOUT).and_then(|value| timeout(value.to_str().ok()?));
         let router = router.clone();
         async move {

@@ -14,7 +14,6 @@ use super::start::TTRPC_ADDRESS;
 use super::{ActionError, Subject, config_files, io_error};
 use crate::directory;
 use crate::events::Events;
-use crate::failpoint;
 use crate::invocation::Invocation;
 use crate::log;
 use crate::pod::{Pod, Settings};
@@ -35,7 +34,8 @@ pub fn run(invocation: &Invocation) -> Result<(), ActionError> {
     let subject = Subject::of(invocation)?;
     log::to_containerd(&subject.namespace, &subject.id, invocation.debug);
     rest::prepare();
-    failpoint::arm();
+    #[cfg(feature = "failpoints")]
+    crate::failpoint::arm();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_keep_alive(rest::THREAD_KEEP_ALIVE)

@@ -126,6 +126,7 @@ impl Journal {
             return Err(self.io("write", source));
         }
         self.resources.push(resource);
+        #[cfg(any(test, feature = "failpoints"))]
         crate::failpoint::reached();
         Ok(())
     }
@@ -158,7 +159,10 @@ impl Journal {
                 };
                 let Some(resource) = slot.take_if(chosen) else { continue };
                 match resource.undo() {
-                    Ok(()) => crate::failpoint::reached(),
+                    Ok(()) => {
+                        #[cfg(any(test, feature = "failpoints"))]
+                        crate::failpoint::reached();
+                    }
                     Err(error) => {
                         left.push((resource.clone(), error));
                         *slot = Some(resource);

@@ -20,7 +20,7 @@ use crate::{
     images, initramfs,
     kernel::{self, KernelArgs},
     proc,
-    products::{self, Optimization},
+    products::{self, Optimization, Purpose},
     steps::Steps,
     suites,
     system::{self, Place, System},
@@ -134,7 +134,7 @@ fn build(host: &Host, args: &TestArgs, steps: &mut Steps) -> Option<Built> {
     let optimization = if args.soak { Optimization::Shipped } else { Optimization::Quick };
     let kernel = steps.run("guest kernel", || kernel::build(host, KernelArgs::default()))?;
     let images = steps.run("images", || images(host, args))?;
-    let products = steps.run("release builds", || products::build(host, optimization))?;
+    let products = steps.run("release builds", || products::build(host, optimization, Purpose::Test))?;
     steps.run("file system suites", || suites::build(host, &products))?;
     let initramfs = steps.run("initramfs", || initramfs::build(host, &products.join("caisson-agent")))?;
     let tests = steps.run("building the whole-system tests", || whole_system_tests(host, &products))?;
