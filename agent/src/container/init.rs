@@ -74,7 +74,7 @@ pub fn run_if_helper() -> Option<c_int> {
 
 /// Returns in the parent after the fork, or on an error.
 fn work(agent: &mut Agent) -> Result<(), Error> {
-    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).map_err(Error::system("become undumpable"))?;
+    nix::sys::prctl::set_dumpable(false).map_err(|errno| Error::system("become undumpable")(errno.into()))?;
     sys::close_from(4).map_err(Error::system("close inherited descriptors"))?;
     nix::fcntl::fcntl(&agent.0, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
         .map_err(|errno| Error::system("mark the socket")(errno.into()))?;
@@ -205,9 +205,8 @@ fn set_names(setup: &Blueprint) -> Result<(), Error> {
     }
     if !spec.domainname.is_empty() {
         let name = spec.domainname.as_bytes();
-        // SAFETY: pointer and length describe the name.
-        sys::check(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }.into())
-            .map_err(Error::apply("domainname", "set the domain name"))?;
+        rustix::system::setdomainname(name)
+            .map_err(|errno| Error::apply("domainname", "set the domain name")(errno.into()))?;
     }
     Ok(())
 }

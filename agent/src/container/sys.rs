@@ -1,43 +1,33 @@
-//! System calls that nix does not wrap, or not on descriptors. All descriptors made here are close-on-exec.
+//! System calls that neither nix nor rustix wraps, and mounts by descriptor with this crate's conventions. All descriptors
+//! made here are close-on-exec.
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_long, c_uint};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit};
+use rustix::pty::OpenptFlags;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
-pub(crate) const OPEN_TREE_CLONE: c_uint = 1;
-pub(crate) const AT_RECURSIVE: c_uint = 0x8000;
-const OPEN_TREE_CLOEXEC: c_uint = 0o2_000_000;
-const AT_EMPTY_PATH: c_uint = 0x1000;
-const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 0x4;
-const MOVE_MOUNT_T_EMPTY_PATH: c_uint = 0x40;
-const FSOPEN_CLOEXEC: c_uint = 1;
-const FSMOUNT_CLOEXEC: c_uint = 1;
-const FSCONFIG_SET_FLAG: c_uint = 0;
-const FSCONFIG_SET_STRING: c_uint = 1;
-const FSCONFIG_CMD_CREATE: c_uint = 6;
+pub(crate) const OPEN_TREE_CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE;
+pub(crate) const AT_RECURSIVE: OpenTreeFlags = OpenTreeFlags::AT_RECURSIVE;
 
 /// The kernel's verdict as a result.
 pub(crate) fn check(result: c_long) -> io::Result<c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-fn owned(result: c_long) -> io::Result<OwnedFd> {
-    let fd = RawFd::try_from(check(result)?).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn at(dir: Option<BorrowedFd<'_>>) -> c_int {
-    dir.map_or(libc::AT_FDCWD, |fd| fd.as_raw_fd())
-}
-
 /// open_tree(2). Without a directory, from the working directory; an empty path is the directory itself.
-pub(crate) fn open_tree(dir: Option<BorrowedFd<'_>>, path: &CStr, flags: c_uint) -> io::Result<OwnedFd> {
-    let flags = flags | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH;
-    // SAFETY: `path` is a string that outlives the call.
-    owned(unsafe { libc::syscall(libc::SYS_open_tree, at(dir), path.as_ptr(), flags) })
+pub(crate) fn open_tree(
+    dir: Option<BorrowedFd<'_>>,
+    path: &CStr,
+    flags: OpenTreeFlags,
+) -> io::Result<OwnedFd> {
+    let flags = flags | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(rustix::mount::open_tree(dir.unwrap_or(CWD), path, flags)?)
 }
 
 /// Changes to a mount's attributes.
@@ -76,7 +66,7 @@ pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attr: &Mount
         propagation: attr.propagation,
         userns_fd: attr.userns.and_then(|fd| u64::try_from(fd).ok()).unwrap_or(0),
     };
-    let flags = AT_EMPTY_PATH | if recursive { AT_RECURSIVE } else { 0 };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the structure outlives the call and its size is given.
     check(unsafe {
         libc::syscall(
@@ -93,11 +83,8 @@ pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attr: &Mount
 
 /// move_mount(2) of a detached mount onto what `target` refers to.
 pub(crate) fn move_mount(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
-    let flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH;
-    let (from, to) = (mount.as_raw_fd(), target.as_raw_fd());
-    // SAFETY: both strings are static.
-    check(unsafe { libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), to, c"".as_ptr(), flags) })?;
-    Ok(())
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(rustix::mount::move_mount(mount, c"", target, c"", flags)?)
 }
 
 /// A file system that is being configured, fsopen(2).
@@ -106,81 +93,58 @@ pub(crate) struct FsContext(OwnedFd);
 
 impl FsContext {
     pub(crate) fn open(kind: &CStr) -> io::Result<FsContext> {
-        // SAFETY: `kind` is a string that outlives the call.
-        owned(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) }).map(FsContext)
+        Ok(FsContext(rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?))
     }
 
     /// Sets a parameter, or a flag when there is no value.
     pub(crate) fn set(&self, key: &CStr, value: Option<&CStr>) -> io::Result<()> {
-        let (command, value) = match value {
-            Some(value) => (FSCONFIG_SET_STRING, value.as_ptr()),
-            None => (FSCONFIG_SET_FLAG, std::ptr::null()),
-        };
-        // SAFETY: `key` and `value` are strings that outlive the call, or `value` is null for a flag.
-        check(unsafe {
-            libc::syscall(libc::SYS_fsconfig, self.0.as_raw_fd(), command, key.as_ptr(), value, 0 as c_int)
-        })?;
+        match value {
+            Some(value) => rustix::mount::fsconfig_set_string(self.0.as_fd(), key, value)?,
+            None => rustix::mount::fsconfig_set_flag(self.0.as_fd(), key)?,
+        }
         Ok(())
     }
 
     /// Makes the file system and a detached mount of it.
-    pub(crate) fn mount(self, attributes: u64) -> io::Result<OwnedFd> {
-        let null = std::ptr::null::<libc::c_char>();
-        // SAFETY: this command takes neither key nor value.
-        check(unsafe {
-            libc::syscall(libc::SYS_fsconfig, self.0.as_raw_fd(), FSCONFIG_CMD_CREATE, null, null, 0 as c_int)
-        })?;
-        // SAFETY: no pointers.
-        owned(unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes) })
+    pub(crate) fn mount(self, attributes: MountAttrFlags) -> io::Result<OwnedFd> {
+        rustix::mount::fsconfig_create(self.0.as_fd())?;
+        Ok(rustix::mount::fsmount(self.0.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
     }
 }
 
 /// openat2(2).
-pub(crate) fn openat2(dir: BorrowedFd<'_>, path: &CStr, flags: c_int, resolve: u64) -> io::Result<OwnedFd> {
-    // SAFETY: all-zero is a valid open_how.
-    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
-    how.flags = u64::from((flags | libc::O_CLOEXEC).cast_unsigned());
-    how.resolve = resolve;
+pub(crate) fn openat2(
+    dir: BorrowedFd<'_>,
+    path: &CStr,
+    flags: OFlags,
+    resolve: ResolveFlags,
+) -> io::Result<OwnedFd> {
     loop {
-        // SAFETY: path and structure outlive the call, and the structure's size is given.
-        let result = owned(unsafe {
-            libc::syscall(libc::SYS_openat2, dir.as_raw_fd(), path.as_ptr(), &how, size_of_val(&how))
-        });
-        match result {
+        match rustix::fs::openat2(dir, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
             // A rename elsewhere raced with "..": the kernel asks to try again.
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
-            other => return other,
+            Err(rustix::io::Errno::AGAIN) => {}
+            other => return Ok(other?),
         }
     }
 }
 
 /// pidfd_open(2).
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers.
-    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0 as c_uint) })
+    Ok(rustix::process::pidfd_open(process(pid)?, PidfdFlags::empty())?)
 }
 
-/// pidfd_send_signal(2).
+fn process(pid: u32) -> io::Result<Pid> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))
+}
+
+/// pidfd_send_signal(2). A container may be sent real-time signals, for which rustix has no values.
 pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: c_int) -> io::Result<()> {
     let info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is allowed.
     check(unsafe {
         libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, info, 0 as c_uint)
     })?;
-    Ok(())
-}
-
-/// setns(2), on an nsfs file or a pidfd.
-pub(crate) fn setns(fd: BorrowedFd<'_>, flags: c_int) -> io::Result<()> {
-    // SAFETY: no pointers.
-    check(unsafe { libc::setns(fd.as_raw_fd(), flags) }.into())?;
-    Ok(())
-}
-
-/// unshare(2).
-pub(crate) fn unshare(flags: c_int) -> io::Result<()> {
-    // SAFETY: no pointers.
-    check(unsafe { libc::unshare(flags) }.into())?;
     Ok(())
 }
 
@@ -202,13 +166,6 @@ pub(crate) unsafe fn fork_sibling() -> io::Result<c_long> {
     })
 }
 
-/// prctl(2) without pointers.
-pub(crate) fn prctl(option: c_int, argument: u64, second: u64) -> io::Result<c_int> {
-    // SAFETY: only used with options that take integers.
-    let result = check(unsafe { libc::prctl(option, argument, second, 0_u64, 0_u64) }.into())?;
-    Ok(c_int::try_from(result).unwrap_or(c_int::MAX))
-}
-
 /// Leaves the session keyring behind for a new one. Kernels without keyrings have nothing to leave.
 pub(crate) fn new_session_keyring() -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
@@ -220,48 +177,16 @@ pub(crate) fn new_session_keyring() -> io::Result<()> {
     }
 }
 
-/// prctl(2) PR_CAP_AMBIENT.
-pub(crate) fn prctl_ambient(operation: c_int, capability: u64) -> io::Result<()> {
-    prctl(libc::PR_CAP_AMBIENT, u64::from(operation.cast_unsigned()), capability)?;
-    Ok(())
-}
-
-#[repr(C)]
-struct CapabilityHeader {
-    version: u32,
-    pid: c_int,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct CapabilityData {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-
-/// _LINUX_CAPABILITY_VERSION_3: two words a set.
-const CAPABILITY_HEADER: CapabilityHeader = CapabilityHeader { version: 0x2008_0522, pid: 0 };
-
 /// The calling thread's permitted capabilities.
 pub(crate) fn permitted() -> io::Result<u64> {
-    let mut data = [CapabilityData::default(); 2];
-    // SAFETY: header and data have the layout of version 3 and outlive the call.
-    check(unsafe { libc::syscall(libc::SYS_capget, &CAPABILITY_HEADER, data.as_mut_ptr()) })?;
-    Ok(u64::from(data[0].permitted) | u64::from(data[1].permitted) << 32)
+    Ok(rustix::thread::capabilities(None)?.permitted.bits())
 }
 
 /// Sets the calling thread's effective, permitted and inheritable capabilities.
 pub(crate) fn capset(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
-    let word = |set: u64, shift: u32| u32::try_from((set >> shift) & 0xffff_ffff).unwrap_or(0);
-    let data = [0, 32].map(|shift| CapabilityData {
-        effective: word(effective, shift),
-        permitted: word(permitted, shift),
-        inheritable: word(inheritable, shift),
-    });
-    // SAFETY: header and data have the layout of version 3 and outlive the call.
-    check(unsafe { libc::syscall(libc::SYS_capset, &CAPABILITY_HEADER, data.as_ptr()) })?;
-    Ok(())
+    let [effective, permitted, inheritable] =
+        [effective, permitted, inheritable].map(CapabilitySet::from_bits_retain);
+    Ok(rustix::thread::set_capabilities(None, CapabilitySets { effective, permitted, inheritable })?)
 }
 
 /// Installs a seccomp filter for the calling thread.
@@ -276,11 +201,9 @@ pub(crate) fn seccomp(program: &[libc::sock_filter], flags: c_uint) -> io::Resul
 }
 
 /// prlimit(2), setting only. RLIM_INFINITY is `u64::MAX`.
-pub(crate) fn prlimit(pid: u32, resource: c_int, soft: u64, hard: u64) -> io::Result<()> {
-    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
-    let old = std::ptr::null_mut::<libc::rlimit64>();
-    // SAFETY: the structure outlives the call; a null old limit is allowed.
-    check(unsafe { libc::syscall(libc::SYS_prlimit64, pid, resource, &limit, old) })?;
+pub(crate) fn prlimit(pid: u32, resource: Resource, soft: u64, hard: u64) -> io::Result<()> {
+    let [current, maximum] = [soft, hard].map(|limit| (limit != u64::MAX).then_some(limit));
+    rustix::process::prlimit(Some(process(pid)?), resource, Rlimit { current, maximum })?;
     Ok(())
 }
 
@@ -320,28 +243,17 @@ pub(crate) fn close_from(first: c_uint) -> io::Result<()> {
     Ok(())
 }
 
-/// Terminal ioctls with an integer argument.
-pub(crate) fn ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: c_int) -> io::Result<c_int> {
-    // SAFETY: only used with requests that take an integer.
-    let result = check(unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) }.into())?;
-    Ok(c_int::try_from(result).unwrap_or(0))
-}
-
 /// Unlocks a pseudo-terminal and opens its other side without a look at any path.
 pub(crate) fn open_terminal_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let unlocked: c_int = 0;
-    // SAFETY: TIOCSPTLCK reads one int.
-    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &unlocked) }.into())?;
-    let peer = ioctl(master, libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC)?;
-    owned(peer.into())
+    rustix::pty::unlockpt(master)?;
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    Ok(rustix::pty::ioctl_tiocgptpeer(master, flags)?)
 }
 
 /// Sets a terminal's size in characters.
 pub(crate) fn resize(terminal: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
-    let size = libc::winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: TIOCSWINSZ reads one winsize.
-    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) }.into())?;
-    Ok(())
+    let size = rustix::termios::Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
+    Ok(rustix::termios::tcsetwinsize(terminal, size)?)
 }
 
 /// How often bpf(2) is asked again. The verifier gives up with EAGAIN when a signal arrives, as SIGCHLD does often here.
@@ -364,5 +276,7 @@ pub(crate) fn bpf<T>(command: c_int, attr: &mut T) -> io::Result<c_long> {
 
 /// bpf(2) with a command that makes a descriptor.
 pub(crate) fn bpf_fd<T>(command: c_int, attr: &mut T) -> io::Result<OwnedFd> {
-    owned(bpf(command, attr)?)
+    let fd = RawFd::try_from(bpf(command, attr)?).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

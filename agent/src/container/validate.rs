@@ -3,6 +3,7 @@
 use std::path::{Component, Path};
 
 use libc::c_int;
+use rustix::process::Resource;
 
 use super::sys::SchedAttr;
 use super::{Error, init};
@@ -300,34 +301,30 @@ pub fn process(process: &Process) -> Result<(), Error> {
     Ok(())
 }
 
-/// The number of a resource limit, getrlimit(2).
-pub(super) fn rlimit(field: &str, limit: &Rlimit) -> Result<c_int, Error> {
-    const NAMES: [&str; 16] = [
-        "CPU",
-        "FSIZE",
-        "DATA",
-        "STACK",
-        "CORE",
-        "RSS",
-        "NPROC",
-        "NOFILE",
-        "MEMLOCK",
-        "AS",
-        "LOCKS",
-        "SIGPENDING",
-        "MSGQUEUE",
-        "NICE",
-        "RTPRIO",
-        "RTTIME",
-    ];
+/// The resource of a limit, getrlimit(2).
+pub(super) fn rlimit(field: &str, limit: &Rlimit) -> Result<Resource, Error> {
     if limit.soft > limit.hard {
         return Err(Error::invalid(field, "the soft limit is above the hard one"));
     }
-    let name = limit.kind.strip_prefix("RLIMIT_");
-    let index = NAMES.iter().position(|known| Some(*known) == name);
-    index
-        .and_then(|index| c_int::try_from(index).ok())
-        .ok_or_else(|| Error::invalid(format!("{field}.type"), format!("there is no {:?}", limit.kind)))
+    Ok(match limit.kind.as_str() {
+        "RLIMIT_CPU" => Resource::Cpu,
+        "RLIMIT_FSIZE" => Resource::Fsize,
+        "RLIMIT_DATA" => Resource::Data,
+        "RLIMIT_STACK" => Resource::Stack,
+        "RLIMIT_CORE" => Resource::Core,
+        "RLIMIT_RSS" => Resource::Rss,
+        "RLIMIT_NPROC" => Resource::Nproc,
+        "RLIMIT_NOFILE" => Resource::Nofile,
+        "RLIMIT_MEMLOCK" => Resource::Memlock,
+        "RLIMIT_AS" => Resource::As,
+        "RLIMIT_LOCKS" => Resource::Locks,
+        "RLIMIT_SIGPENDING" => Resource::Sigpending,
+        "RLIMIT_MSGQUEUE" => Resource::Msgqueue,
+        "RLIMIT_NICE" => Resource::Nice,
+        "RLIMIT_RTPRIO" => Resource::Rtprio,
+        "RLIMIT_RTTIME" => Resource::Rttime,
+        other => return Err(Error::invalid(format!("{field}.type"), format!("there is no {other:?}"))),
+    })
 }
 
 /// The argument of ioprio_set(2).

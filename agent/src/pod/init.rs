@@ -75,7 +75,7 @@ pub fn run() -> c_int {
 
 /// Gives away everything that the next child does not need, the standard streams excepted.
 fn isolate() -> io::Result<()> {
-    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0)?;
+    nix::sys::prctl::set_dumpable(false)?;
     sys::close_from(3)?;
     nix::sys::prctl::set_name(c"pod-init")?;
     fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)?;
@@ -87,7 +87,7 @@ fn isolate() -> io::Result<()> {
     // A root has to be mounted somewhere to become one.
     sys::move_mount(root.as_fd(), File::open("/dev")?.as_fd())?;
     change_root(root.as_fd(), procfs.as_fd())?;
-    sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0)?;
+    nix::sys::prctl::set_no_new_privs()?;
     let guard = seccomp::vsock_guard();
     sys::seccomp(&guard.instructions(), guard.flags)?;
     setgroups(&[])?;
@@ -96,7 +96,7 @@ fn isolate() -> io::Result<()> {
     setresuid(user, user, user)?;
     sys::capset(0, 0, 0)?;
     // Credentials changed; that is a decision of the kernel's configuration.
-    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0)?;
+    nix::sys::prctl::set_dumpable(false)?;
     Ok(())
 }
 

@@ -1,12 +1,12 @@
 //! A process's terminal and standard streams.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::sys::stat::{fstat, makedev};
 use nix::sys::statfs::fstatfs;
-use nix::unistd::{Gid, Uid, fchown};
+use nix::unistd::{Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, fchown};
+use rustix::fs::OFlags;
 
 use super::root::Root;
 use crate::container::{Error, sys};
@@ -22,7 +22,7 @@ pub(super) struct Terminal {
 pub(super) fn open(root: &Root, process: &Process) -> Result<Terminal, Error> {
     const DEVPTS_SUPER_MAGIC: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x1cd1);
     let failed = || Error::apply("process.terminal", "open a terminal in the container's /dev/pts");
-    let master = root.open(Path::new("/dev/pts/ptmx"), libc::O_RDWR | libc::O_NOCTTY).map_err(failed())?;
+    let master = root.open(Path::new("/dev/pts/ptmx"), OFlags::RDWR | OFlags::NOCTTY).map_err(failed())?;
     let stat = fstat(&master).map_err(|errno| failed()(errno.into()))?;
     let real = fstatfs(&master).is_ok_and(|fs| fs.filesystem_type() == DEVPTS_SUPER_MAGIC);
     if !real || stat.st_rdev != makedev(5, 2) {
@@ -55,18 +55,20 @@ impl Terminal {
     /// Makes it this process's controlling terminal and standard streams; returns the master.
     pub(super) fn take_over(self) -> Result<OwnedFd, Error> {
         let failed = || Error::apply("process.terminal", "make it the controlling terminal");
-        sys::ioctl(self.slave.as_fd(), libc::TIOCSCTTY, 0).map_err(failed())?;
+        rustix::process::ioctl_tiocsctty(&self.slave).map_err(|errno| failed()(errno.into()))?;
         for stream in 0..=2 {
-            replace_stream(self.slave.as_fd(), stream).map_err(failed())?;
+            replace_stream(self.slave.as_fd(), stream).map_err(|errno| failed()(errno.into()))?;
         }
         Ok(self.master)
     }
 }
 
-fn replace_stream(by: BorrowedFd<'_>, stream: i32) -> io::Result<()> {
-    // SAFETY: the standard streams are nobody's but the program's to be.
-    sys::check(unsafe { libc::dup2(by.as_raw_fd(), stream) }.into())?;
-    Ok(())
+fn replace_stream(by: BorrowedFd<'_>, stream: i32) -> nix::Result<()> {
+    match stream {
+        0 => dup2_stdin(by),
+        1 => dup2_stdout(by),
+        _ => dup2_stderr(by),
+    }
 }
 
 /// Gives pipes to the user that a user namespace makes of the process's, as long as this process may: inside the
@@ -100,7 +102,7 @@ pub(super) fn own_streams(root: &Root, process: &Process) -> Result<(), Error> {
         let fd = unsafe { BorrowedFd::borrow_raw(stream) };
         let stat = fstat(fd).map_err(|errno| failed()(errno.into()))?;
         if stat.st_mode & libc::S_IFMT == libc::S_IFCHR && stat.st_rdev == null_device {
-            let own = match root.open(Path::new("/dev/null"), libc::O_RDWR) {
+            let own = match root.open(Path::new("/dev/null"), OFlags::RDWR) {
                 Ok(own) => own,
                 // Without a /dev the stream stays what it is.
                 Err(_) => continue,
@@ -108,7 +110,7 @@ pub(super) fn own_streams(root: &Root, process: &Process) -> Result<(), Error> {
             if fstat(&own)
                 .is_ok_and(|own| own.st_mode & libc::S_IFMT == libc::S_IFCHR && own.st_rdev == null_device)
             {
-                replace_stream(own.as_fd(), stream).map_err(failed())?;
+                replace_stream(own.as_fd(), stream).map_err(|errno| failed()(errno.into()))?;
             }
         } else if stat.st_uid != process.user.uid {
             // A file system or a user namespace may not let go of it; the stream works all the same.

@@ -5,9 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
+use nix::sys::personality::Persona;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid};
+use rustix::thread::CapabilitySet;
 
 use crate::container::seccomp::{self, Filter};
 use crate::container::{Error, sys};
@@ -207,13 +209,15 @@ impl<'a> Identity<'a> {
         unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigDfl) }
             .map_err(|errno| Error::system("set the default action of SIGPIPE")(errno.into()))?;
         if let Some(persona) = self.personality {
-            // SAFETY: no pointers.
-            sys::check(unsafe { libc::personality(persona) }.into())
-                .map_err(Error::apply("linux.personality", "set the execution domain"))?;
+            let domain = libc::c_int::try_from(persona)
+                .map_err(|_| Error::invalid("linux.personality", "is unknown"))?;
+            nix::sys::personality::set(Persona::from_bits_retain(domain))
+                .map_err(field("linux.personality", "set the execution domain"))?;
         }
         self.bound_capabilities()?;
         self.guard_vsock()?;
-        sys::prctl(libc::PR_SET_KEEPCAPS, 1, 0).map_err(Error::system("keep capabilities"))?;
+        nix::sys::prctl::set_keepcaps(true)
+            .map_err(|errno| Error::system("keep capabilities")(errno.into()))?;
         let groups: Vec<_> = user.additional_gids.iter().copied().map(Gid::from_raw).collect();
         // A single group id in a user namespace may come with setgroups denied; then there is nothing to set.
         match nix::unistd::setgroups(&groups) {
@@ -227,8 +231,8 @@ impl<'a> Identity<'a> {
         self.enter_directory()?;
         if self.process.no_new_privileges {
             self.reduce_capabilities()?;
-            sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0)
-                .map_err(Error::apply("process.noNewPrivileges", "set no_new_privs"))?;
+            nix::sys::prctl::set_no_new_privs()
+                .map_err(field("process.noNewPrivileges", "set no_new_privs"))?;
             self.filter_calls()
         } else {
             // Takes CAP_SYS_ADMIN.
@@ -243,10 +247,12 @@ impl<'a> Identity<'a> {
     fn bound_capabilities(&self) -> Result<(), Error> {
         for number in 0..64_u64 {
             // An error is the end of what this kernel knows.
-            let Ok(present) = sys::prctl(libc::PR_CAPBSET_READ, number, 0) else { break };
-            if present == 1 && self.capabilities.bounding & (1 << number) == 0 {
-                sys::prctl(libc::PR_CAPBSET_DROP, number, 0)
-                    .map_err(Error::apply("process.capabilities.bounding", "drop a capability"))?;
+            let capability = CapabilitySet::from_bits_retain(1 << number);
+            let Ok(present) = rustix::thread::capability_is_in_bounding_set(capability) else { break };
+            if present && self.capabilities.bounding & capability.bits() == 0 {
+                rustix::thread::remove_capability_from_bounding_set(capability).map_err(|errno| {
+                    Error::apply("process.capabilities.bounding", "drop a capability")(errno.into())
+                })?;
             }
         }
         Ok(())
@@ -256,9 +262,11 @@ impl<'a> Identity<'a> {
         let sets = &self.capabilities;
         let failed = || Error::apply("process.capabilities", "set the capabilities");
         sys::capset(sets.effective, sets.permitted, sets.inheritable).map_err(failed())?;
-        sys::prctl_ambient(libc::PR_CAP_AMBIENT_CLEAR_ALL, 0).map_err(failed())?;
+        rustix::thread::clear_ambient_capability_set().map_err(|errno| failed()(errno.into()))?;
         for number in (0..64_u64).filter(|number| sets.ambient & (1 << number) != 0) {
-            sys::prctl_ambient(libc::PR_CAP_AMBIENT_RAISE, number).map_err(failed())?;
+            let capability = CapabilitySet::from_bits_retain(1 << number);
+            rustix::thread::configure_capability_in_ambient_set(capability, true)
+                .map_err(|errno| failed()(errno.into()))?;
         }
         Ok(())
     }

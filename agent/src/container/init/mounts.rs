@@ -11,6 +11,7 @@ use std::path::Path;
 
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use rustix::mount::MountAttrFlags;
 
 use super::Blueprint;
 use super::root::{Root, c_path};
@@ -186,7 +187,7 @@ pub(super) fn open_source(index: usize, setup: &Blueprint) -> Result<Option<Owne
         return Ok(None);
     }
     let path = c_path(mount.source.as_deref().unwrap_or(Path::new(""))).map_err(failed())?;
-    let flags = sys::OPEN_TREE_CLONE | if plan.recursive { sys::AT_RECURSIVE } else { 0 };
+    let flags = if plan.recursive { sys::OPEN_TREE_CLONE | sys::AT_RECURSIVE } else { sys::OPEN_TREE_CLONE };
     let tree = sys::open_tree(None, &path, flags).map_err(failed())?;
     if let Some(recursive) = plan.idmap {
         let (uids, gids) = if mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty() {
@@ -210,7 +211,7 @@ fn id_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> io::Result<OwnedFd> {
     let child = match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Child => {
             drop(ready);
-            let made = sys::unshare(libc::CLONE_NEWUSER).is_ok();
+            let made = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUSER).is_ok();
             let _ = io::Write::write_all(&mut &tell, &[u8::from(made)]);
             loop {
                 nix::unistd::pause();
@@ -304,7 +305,7 @@ fn file_system(mount: &Mount, plan: &Plan) -> io::Result<OwnedFd> {
         let value = value.as_deref().map(string).transpose()?;
         context.set(&string(key)?, value.as_deref())?;
     }
-    context.mount(0)
+    context.mount(MountAttrFlags::empty())
 }
 
 #[cfg(test)]

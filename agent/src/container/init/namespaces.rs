@@ -3,29 +3,30 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use libc::c_int;
+use nix::sched::{CloneFlags, setns, unshare};
 
 use super::Agent;
 use super::wire::{ExecSetup, Word};
 use crate::container::{Error, sys};
 use crate::oci::{IdMapping, Linux, NamespaceKind};
 
-fn flag(kind: NamespaceKind) -> c_int {
+fn flag(kind: NamespaceKind) -> CloneFlags {
     match kind {
-        NamespaceKind::Pid => libc::CLONE_NEWPID,
-        NamespaceKind::Network => libc::CLONE_NEWNET,
-        NamespaceKind::Mount => libc::CLONE_NEWNS,
-        NamespaceKind::Ipc => libc::CLONE_NEWIPC,
-        NamespaceKind::Uts => libc::CLONE_NEWUTS,
-        NamespaceKind::User => libc::CLONE_NEWUSER,
-        NamespaceKind::Cgroup => libc::CLONE_NEWCGROUP,
-        NamespaceKind::Time => 0x80,
+        NamespaceKind::Pid => CloneFlags::CLONE_NEWPID,
+        NamespaceKind::Network => CloneFlags::CLONE_NEWNET,
+        NamespaceKind::Mount => CloneFlags::CLONE_NEWNS,
+        NamespaceKind::Ipc => CloneFlags::CLONE_NEWIPC,
+        NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
+        NamespaceKind::User => CloneFlags::CLONE_NEWUSER,
+        NamespaceKind::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        // The bit of CSIGNAL in clone(2), which nix has no name for.
+        NamespaceKind::Time => CloneFlags::from_bits_retain(0x80),
     }
 }
 
 /// Joins the namespaces that are given by path and makes the others. A PID or time namespace is the next child's.
 pub(super) fn enter(agent: &mut Agent, linux: &Linux) -> Result<(), Error> {
-    let mut joined: Vec<(String, c_int, OwnedFd)> = Vec::new();
+    let mut joined: Vec<(String, CloneFlags, OwnedFd)> = Vec::new();
     for (index, namespace) in linux.namespaces.iter().enumerate() {
         if let Some(path) = &namespace.path {
             let field = format!("linux.namespaces[{index}].path");
@@ -34,13 +35,14 @@ pub(super) fn enter(agent: &mut Agent, linux: &Linux) -> Result<(), Error> {
         }
     }
     // The user namespace last: the others may belong to the agent's.
-    joined.sort_by_key(|&(_, flag, _)| flag == libc::CLONE_NEWUSER);
+    joined.sort_by_key(|&(_, flag, _)| flag == CloneFlags::CLONE_NEWUSER);
     for (field, flag, namespace) in &joined {
-        sys::setns(namespace.as_fd(), *flag).map_err(Error::apply(field, "join the namespace"))?;
+        setns(namespace.as_fd(), *flag)
+            .map_err(|errno| Error::apply(field, "join the namespace")(errno.into()))?;
     }
     let made = linux.namespaces.iter().filter(|namespace| namespace.path.is_none());
-    let flags = made.fold(0, |flags, namespace| flags | flag(namespace.kind));
-    sys::unshare(flags).map_err(Error::apply("linux.namespaces", "make the namespaces"))?;
+    let flags = made.fold(CloneFlags::empty(), |flags, namespace| flags | flag(namespace.kind));
+    unshare(flags).map_err(|errno| Error::apply("linux.namespaces", "make the namespaces")(errno.into()))?;
     let user = linux.creates(NamespaceKind::User);
     if user || linux.creates(NamespaceKind::Time) {
         agent.answer(Word::Unshared(()), None)?;
@@ -66,14 +68,14 @@ pub(super) fn join(setup: &ExecSetup) -> Result<(), Error> {
         NamespaceKind::Cgroup,
     ]
     .into_iter()
-    .fold(0, |flags, kind| flags | flag(kind));
+    .fold(CloneFlags::empty(), |flags, kind| flags | flag(kind));
     if setup.user_namespace {
         flags |= flag(NamespaceKind::User);
     }
     if setup.time_namespace {
         flags |= flag(NamespaceKind::Time);
     }
-    sys::setns(process.as_fd(), flags).map_err(failed())?;
+    setns(process.as_fd(), flags).map_err(|errno| failed()(errno.into()))?;
     if setup.user_namespace { become_root() } else { Ok(()) }
 }
 
@@ -97,6 +99,5 @@ fn become_root() -> Result<(), Error> {
     nix::unistd::setresgid(root.0, root.0, root.0).map_err(|errno| failed()(errno.into()))?;
     nix::unistd::setresuid(root.1, root.1, root.1).map_err(|errno| failed()(errno.into()))?;
     // Credentials changed; that made the process readable for others in its namespace.
-    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).map_err(failed())?;
-    Ok(())
+    nix::sys::prctl::set_dumpable(false).map_err(|errno| failed()(errno.into()))
 }

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::sys::stat::{Mode, SFlag, mkdirat, mknodat};
+use rustix::fs::{OFlags, ResolveFlags};
 
 use crate::container::sys;
 
@@ -15,7 +16,7 @@ use crate::container::sys;
 #[derive(Debug)]
 pub(super) struct Root(OwnedFd);
 
-const CONFINED: u64 = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
+const CONFINED: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS);
 
 impl Root {
     pub(super) fn new(directory: OwnedFd) -> Root {
@@ -28,16 +29,16 @@ impl Root {
 
     /// What a path refers to, symbolic links followed, as an O_PATH descriptor.
     pub(super) fn resolve(&self, path: &Path) -> io::Result<OwnedFd> {
-        sys::openat2(self.0.as_fd(), &c_path(path)?, libc::O_PATH, CONFINED)
+        sys::openat2(self.0.as_fd(), &c_path(path)?, OFlags::PATH, CONFINED)
     }
 
     /// The same, but a symbolic link anywhere on the path is an error.
     pub(super) fn resolve_plain(&self, path: &Path) -> io::Result<OwnedFd> {
-        sys::openat2(self.0.as_fd(), &c_path(path)?, libc::O_PATH, CONFINED | libc::RESOLVE_NO_SYMLINKS)
+        sys::openat2(self.0.as_fd(), &c_path(path)?, OFlags::PATH, CONFINED | ResolveFlags::NO_SYMLINKS)
     }
 
     /// Opens a file.
-    pub(super) fn open(&self, path: &Path, flags: libc::c_int) -> io::Result<OwnedFd> {
+    pub(super) fn open(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
         sys::openat2(self.0.as_fd(), &c_path(path)?, flags, CONFINED)
     }
 

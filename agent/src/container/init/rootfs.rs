@@ -11,6 +11,8 @@ use nix::sys::stat::{Mode, fstat};
 use super::Blueprint;
 use super::root::{Root, c_path};
 use super::{devices, mounts};
+use rustix::mount::MountAttrFlags;
+
 use crate::container::sys::{FsContext, MountAttr};
 use crate::container::{Error, sys};
 
@@ -142,8 +144,11 @@ fn mask(path: &Path, root: &Root, null: &mut Null<'_>) -> io::Result<()> {
 pub(crate) fn empty_directory() -> io::Result<OwnedFd> {
     let context = FsContext::open(c"tmpfs")?;
     context.set(c"nr_inodes", Some(c"1"))?;
-    let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    context.mount(attributes | libc::MOUNT_ATTR_NOEXEC)
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    context.mount(attributes)
 }
 
 /// Makes the built root this process's own and leaves the agent's behind.

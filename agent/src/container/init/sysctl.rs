@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 
+use rustix::fs::{OFlags, ResolveFlags};
+
 use crate::container::{Error, sys};
 use crate::oci::{Linux, NamespaceKind};
 
@@ -65,11 +67,11 @@ pub(crate) fn validate(linux: &Linux) -> Result<(), Error> {
 
 /// Writes the parameters, by the agent's procfs: no symbolic link, and nothing mounted over it.
 pub(super) fn apply(parameters: &BTreeMap<String, String>, procfs: BorrowedFd<'_>) -> Result<(), Error> {
-    const PLAIN: u64 = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_XDEV;
+    let plain = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     for (name, value) in parameters {
         let write = || -> io::Result<()> {
             let path = CString::new(path(name)).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-            File::from(sys::openat2(procfs, &path, libc::O_WRONLY, PLAIN)?).write_all(value.as_bytes())
+            File::from(sys::openat2(procfs, &path, OFlags::WRONLY, plain)?).write_all(value.as_bytes())
         };
         write().map_err(Error::apply(format!("linux.sysctl[{name}]"), format!("write {value:?}")))?;
     }
