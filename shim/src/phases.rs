@@ -1,4 +1,4 @@
-//! Where the time of a start goes: the first question is always why it was slow.
+//! Where the time of a start or a removal goes: the first question is always why it was slow.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -20,10 +20,14 @@ impl Phases {
         Phases { begin: now, last: now, done: Vec::new() }
     }
 
-    /// A part is done, and the next one begins.
+    /// A part is done, and the next one begins. The time of a part that comes more than once is its sum.
     pub fn done(&mut self, part: &'static str) {
         let now = Instant::now();
-        self.done.push((part, now.saturating_duration_since(self.last)));
+        let time = now.saturating_duration_since(self.last);
+        match self.done.iter_mut().find(|(name, _)| *name == part) {
+            Some((_, sum)) => *sum += time,
+            None => self.done.push((part, time)),
+        }
         self.last = now;
     }
 }
@@ -50,6 +54,9 @@ mod tests {
         std::thread::sleep(Duration::from_millis(2));
         phases.done("one");
         phases.done("two");
+        std::thread::sleep(Duration::from_millis(1));
+        phases.done("one");
+        assert_eq!(phases.done.len(), 2);
         let total: Duration = phases.done.iter().map(|(_, time)| *time).sum();
         assert_eq!(total, phases.last - phases.begin);
         let text = phases.to_string();

@@ -79,10 +79,23 @@ impl Clock {
     }
 }
 
-/// The parts of each pod's start in milliseconds, as our shim logs them:
+/// What the shim says of the time that something took, by the message of its line in containerd's log.
+pub mod timed {
+    /// A pod's machine and all around it: most of RunPodSandbox.
+    pub const START: &str = "the pod is up";
+    /// A container's removal.
+    pub const REMOVE_CONTAINER: &str = "removed";
+    /// A machine's end in order.
+    pub const STOP: &str = "the machine is stopped";
+    /// The undoing of all that a pod has on the host.
+    pub const UNDO: &str = "the pod is undone";
+}
+
+/// The parts of each time that our shim logs under this message, in milliseconds:
 /// `the pod is up phases=260.1 ms (cgroup 1.2, share 5.0, …)`.
-pub fn phases(log: &str) -> Vec<Vec<(&str, f64)>> {
-    let lines = log.lines().filter(|line| line.contains("the pod is up"));
+pub fn phases<'a>(log: &'a str, message: &str) -> Vec<Vec<(&'a str, f64)>> {
+    let message = format!("{message} ");
+    let lines = log.lines().filter(|line| line.contains(&message));
     let lists = lines.filter_map(|line| Some(line.split_once(" ms (")?.1.split_once(')')?.0));
     lists.map(|list| list.split(", ").filter_map(phase).collect()).collect()
 }

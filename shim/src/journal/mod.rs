@@ -16,6 +16,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::phases::Phases;
+
 pub use resource::{ProcessId, Resource, UndoError};
 
 /// The record's file in the pod's directory.
@@ -136,7 +138,10 @@ impl Journal {
     /// # Errors
     /// When something remains, which the record then still holds, or when the record cannot be written.
     pub fn undo(mut self) -> Result<(), CleanError> {
-        self.undo_where(|_| true)?;
+        let mut phases = Phases::begin();
+        let undone = self.undo_chosen(|_| true, &mut phases);
+        tracing::info!(%phases, "the pod is undone");
+        undone?;
         // Of one who was killed while it replaced the record. Before the record, which is what brings us back.
         match fs::remove_file(self.next()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -150,6 +155,14 @@ impl Journal {
     /// # Errors
     /// When something remains, which the record then still holds, or when the record cannot be written.
     pub fn undo_where(&mut self, which: impl Fn(&Resource) -> bool) -> Result<(), CleanError> {
+        self.undo_chosen(which, &mut Phases::begin())
+    }
+
+    fn undo_chosen(
+        &mut self,
+        which: impl Fn(&Resource) -> bool,
+        phases: &mut Phases,
+    ) -> Result<(), CleanError> {
         let mut left = Vec::new();
         let mut kept: Vec<_> = std::mem::take(&mut self.resources).into_iter().map(Some).collect();
         for processes in [true, false] {
@@ -158,7 +171,9 @@ impl Journal {
                     matches!(resource, Resource::Process(_)) == processes && which(resource)
                 };
                 let Some(resource) = slot.take_if(chosen) else { continue };
-                match resource.undo() {
+                let undone = resource.undo();
+                phases.done(resource.kind());
+                match undone {
                     Ok(()) => {
                         #[cfg(any(test, feature = "failpoints"))]
                         crate::failpoint::reached();

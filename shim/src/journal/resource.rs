@@ -147,6 +147,17 @@ impl ProcessId {
 }
 
 impl Resource {
+    /// What it is, as one word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Resource::Directory(_) | Resource::File(_) | Resource::Claim { .. } => "files",
+            Resource::Mount(_) => "mounts",
+            Resource::Cgroup(_) | Resource::CgroupParent(_) => "cgroup",
+            Resource::Interface { .. } | Resource::Redirect { .. } => "network",
+            Resource::Process(_) => "processes",
+        }
+    }
+
     /// Undoes it. That it is not there, or never was, is success.
     ///
     /// # Errors

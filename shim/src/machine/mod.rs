@@ -289,7 +289,9 @@ impl Machine {
         }
         let request = with_deadline(v1::ShutdownRequest { grace_ms: 0, reboot: false }, SHUTDOWN);
         let mut agent = self.agent.sandbox();
+        let mut phases = Phases::begin();
         let asked = within(SHUTDOWN, agent.shutdown(request)).await;
+        phases.done("answer");
         if let Err(error) = &asked {
             tracing::warn!(error = error.message(), "the guest can't be shut down in order");
         }
@@ -299,6 +301,8 @@ impl Machine {
                 tracing::error!(pid = self.pid, "the VMM survives SIGKILL");
             }
         }
+        phases.done("machine");
+        tracing::info!(pid = self.pid, %phases, "the machine is stopped");
     }
 }
 

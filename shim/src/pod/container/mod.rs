@@ -469,7 +469,9 @@ impl Container {
             // That took everything of its containers along.
             return Ok(());
         }
+        let mut phases = Phases::begin();
         self.sandbox.size().await.release(&self.id);
+        phases.done("size");
         if !self.sandbox.machine().has_ended() {
             let request = v1::RemoveContainerRequest { container_id: self.id.clone(), force: true };
             let mut containers = self.sandbox.containers();
@@ -482,11 +484,17 @@ impl Container {
                 }
             }
         }
+        phases.done("guest");
         self.unplug_all().await?;
-        match self.sandbox.with_share(move |share, journal| Ok(share.remove(journal, &id)?)).await {
-            Err(_) if self.sandbox.is_destroyed() => Ok(()),
-            result => result,
-        }
+        phases.done("disks");
+        let removed =
+            match self.sandbox.with_share(move |share, journal| Ok(share.remove(journal, &id)?)).await {
+                Err(_) if self.sandbox.is_destroyed() => Ok(()),
+                result => result,
+            };
+        phases.done("share");
+        tracing::info!(container = self.id, %phases, "removed");
+        removed
     }
 
     /// Gives its disks back; what fails is tried again by the next call.

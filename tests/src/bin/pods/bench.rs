@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, Result};
 use caisson_e2e::{
-    cost::{self, Times},
+    cost::{self, Times, timed},
     cri::Cri,
     node::Node,
 };
@@ -55,10 +55,18 @@ fn note(values: &mut Values, handler: &'static str, times: &Times) {
     add(values, "pod_ms", handler, times.until_started().as_secs_f64() * 1e3);
 }
 
-/// The parts of each pod's start but the first one's, which warms up.
+/// The parts of each pod's start and removal but the first one's, which warms up.
 fn note_phases(values: &mut Values, log: &str) {
-    for (name, time) in cost::phases(log).into_iter().skip(1).flatten() {
-        add(values, &format!("phase_{name}_ms"), "caisson", time);
+    let all = [
+        ("start", timed::START),
+        ("remove_container", timed::REMOVE_CONTAINER),
+        ("stop", timed::STOP),
+        ("undo", timed::UNDO),
+    ];
+    for (verb, message) in all {
+        for (name, time) in cost::phases(log, message).into_iter().skip(1).flatten() {
+            add(values, &format!("phase_{verb}_{name}_ms"), "caisson", time);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::SERVERS_IMAGE,
-    cost::{self, Times},
+    cost::{self, Times, timed},
     cri::{self, Cri, Pod},
     ctr::{self, Ctr},
     leaks::Holdings,
@@ -100,7 +100,7 @@ fn print_times(caisson: &Times, runc: &Times) {
 /// Where the time of the pod's machine goes, which is most of `run_pod_sandbox`.
 fn print_phases(log: &str) {
     println!("of run_pod_sandbox, in caisson's shim:");
-    for (phase, time) in cost::phases(log).last().into_iter().flatten() {
+    for (phase, time) in cost::phases(log, timed::START).last().into_iter().flatten() {
         println!("  {phase:18} {time:>7.1} ms");
     }
 }
