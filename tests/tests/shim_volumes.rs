@@ -1,10 +1,16 @@
-//! Volumes that are neither plain directories nor a kubelet's: images, and what no machine can be given.
+//! Volumes that are neither plain directories nor a kubelet's: images, and what no machine can be given. And what a
+//! container's files leave behind.
 
-use std::process::Command;
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     containerd::BUSYBOX_IMAGE,
+    cost,
     cri::{self, ImageSpec, Mount, MountPropagation, VersionRequest},
 };
 
@@ -60,6 +66,51 @@ async fn mounts_that_should_appear_on_the_host_are_refused() -> Result<()> {
     run(&format!("umount {}", volume.path().display()))?;
     let told = format!("{:#}", refused.err().context("it runs")?);
     ensure!(told.contains("cannot appear on the host"), "{told}");
+    cri.remove_pod(&pod).await?;
+    before.assert_nothing_added()
+}
+
+/// How many files the machine's process has open.
+fn open_files_of_the_machine() -> Result<usize> {
+    let processes = cost::processes()?;
+    let (_, vmm) = processes.iter().find(|(name, _)| *name == "caisson-vmm").context("no machine runs")?;
+    let open = fs::read_dir(format!("/proc/{vmm}/fd")).context("reading the machine's descriptors")?;
+    Ok(open.count())
+}
+
+/// A pod whose containers are restarted for months must not pin the file systems of all of them: the guest forgets their
+/// files, and the file server closes them.
+#[tokio::test]
+async fn files_of_a_removed_container_are_closed() -> Result<()> {
+    let (_, mut cri, before) = cri::ready().await?;
+    let pod = cri.run_pod(cri::pod_config("shim-forgotten"), "caisson").await?;
+    let volume = tempfile::tempdir_in("/var/tmp")?;
+    fs::write(volume.path().join("file"), "text")?;
+    let mut config = cri::container_config("reader", BUSYBOX_IMAGE, &["sleep", "1000"]);
+    config.mounts = vec![Mount {
+        container_path: "/v".into(),
+        host_path: volume.path().to_string_lossy().into_owned(),
+        ..Mount::default()
+    }];
+    let (mut during, mut after) = (Vec::new(), Vec::new());
+    for _ in 0..4 {
+        let reader = cri.run_container(&pod, config.clone()).await?;
+        cri.said(&reader, "find / -xdev > /dev/null; cat /v/file").await?;
+        during.push(open_files_of_the_machine()?);
+        cri.stop_container(&reader, 0).await?;
+        cri.remove_container(&reader).await?;
+        // The guest forgets in its own time.
+        let (mut least, deadline) = (usize::MAX, Instant::now() + Duration::from_secs(5));
+        let bound = after.first().copied().unwrap_or(0);
+        while least > bound && Instant::now() < deadline {
+            least = least.min(open_files_of_the_machine()?);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        after.push(least);
+    }
+    let seen = format!("open with each container: {during:?}, after its removal: {after:?}");
+    ensure!(during.iter().zip(&after).all(|(during, after)| during > after), "nothing was closed: {seen}");
+    ensure!(after.last() <= after.first(), "something stays: {seen}");
     cri.remove_pod(&pod).await?;
     before.assert_nothing_added()
 }

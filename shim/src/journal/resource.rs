@@ -12,13 +12,10 @@ use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
-use crate::mountinfo;
 use crate::network::{self, NamespaceId, NetworkError};
 
 /// How long a killed process, and a group that loses its last one, may take to go.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
-/// How long a mount may stay in use before it is detached in use.
-const UNUSED_WITHIN: Duration = Duration::from_millis(100);
 
 /// One thing. All paths are absolute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -207,37 +204,18 @@ fn give_back(path: &Path, owner: &Path) -> Result<(), UndoError> {
     Ok(())
 }
 
-/// Takes every mount away that was stacked at `path`, and what is mounted below. Who still has a file open in it gets a
-/// moment to close it, as a file system that nobody uses any more is better than one that nobody sees any more; then it
-/// is detached, and ends when its last user does.
+/// Detaches every mount that was stacked at `path`, with what is mounted below. A file system that a process still has
+/// open, as the file server of a machine may until its guest forgets the last file, ends when that is closed: to wait for
+/// it would let the guest delay every removal.
 fn unmount(path: &Path) -> Result<(), UndoError> {
-    let deadline = Instant::now() + UNUSED_WITHIN;
     loop {
-        let flags = if Instant::now() < deadline { UnmountFlags::empty() } else { UnmountFlags::DETACH };
-        match rustix::mount::unmount(path, flags | UnmountFlags::NOFOLLOW) {
+        match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
             Ok(()) => {}
             // Not a mount point (any more).
             Err(Errno::INVAL) => return Ok(()),
-            Err(Errno::BUSY) if flags.is_empty() => {
-                if !unmount_below(path) {
-                    thread::sleep(Duration::from_millis(2));
-                }
-            }
             Err(error) => return gone(Err(error.into()), "unmount", path),
         }
     }
-}
-
-/// Unmounts what is mounted below `path`, the innermost first; says whether there was any.
-fn unmount_below(path: &Path) -> bool {
-    let table = mountinfo::read().unwrap_or_default();
-    let points = mountinfo::parse(&table).map(|mount| mount.point);
-    let below: Vec<_> = points.filter(|point| point != path && point.starts_with(path)).collect();
-    let mut any = false;
-    for point in below.iter().rev() {
-        any |= rustix::mount::unmount(point, UnmountFlags::NOFOLLOW).is_ok();
-    }
-    any
 }
 
 /// Kills all processes of a group until it can be removed. The caller must not be in it.
