@@ -22,6 +22,11 @@ pub use mounts::{CGROUP_ROOT, prepare};
 /// Bound of each part of a shutdown that waits for processes after SIGKILL.
 const KILL_BOUND: Duration = Duration::from_secs(5);
 
+/// From the first to the second look whether killed processes are gone, which they usually are by then.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+/// Between two looks later on.
+const LAST_LOOK: Duration = Duration::from_millis(16);
+
 /// PID 1 can not set up the machine.
 #[derive(Debug, Error)]
 #[error("{action} {path}")]
@@ -88,12 +93,14 @@ fn signal_all(signal: Signal) {
 
 async fn wait_until_alone(bound: Duration) -> bool {
     let end = Instant::now() + bound;
+    let mut look_again = FIRST_LOOK;
     // There is no descriptor that tells this, and it happens once.
     while !is_alone() {
         if Instant::now() >= end {
             return false;
         }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(look_again).await;
+        look_again = (look_again * 2).min(LAST_LOOK);
     }
     true
 }

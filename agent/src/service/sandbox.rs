@@ -98,12 +98,8 @@ impl sandbox_server::Sandbox for Service {
             return Err(Status::invalid_argument(format!("grace_ms: more than {MAX_GRACE_MS}")));
         }
         let how = Shutdown { reboot: request.reboot, grace_ms: request.grace_ms };
-        let state = self.0.state.clone();
-        // Late enough for the reply to be on its way.
-        task::spawn(async move {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-            state.shutdown.send_replace(Some(how));
-        });
+        // The connection is closed only when the calls in flight, this one too, have their replies.
+        self.0.state.shutdown.send_replace(Some(how));
         Ok(Response::new(proto::ShutdownResponse {}))
     }
 }
