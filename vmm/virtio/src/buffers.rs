@@ -1,11 +1,11 @@
 //! Descriptor chains as host buffers: for devices that let the kernel read or write guest memory in place.
 
-use std::{fmt, ops::Deref, ptr};
+use std::{fmt, ptr};
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{GuestAddress, GuestMemory, VolatileSlice};
 
-use crate::memory::GuestMem;
+use crate::{memory::GuestMem, queue::Descriptors};
 
 /// The most buffers that one vectored system call takes (IOV_MAX, readv(2)).
 pub const MAX_BUFFERS: usize = 1024;
@@ -43,26 +43,6 @@ impl ChainError {
     }
 }
 
-/// The next chain that the driver made available, or `None` when there is none.
-///
-/// # Errors
-/// When the available ring is broken: its index jumped, went back, or cannot be read.
-pub fn pop_chain<'m>(
-    queue: &mut Queue,
-    mem: &'m GuestMemoryMmap<()>,
-) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap<()>>>, virtio_queue::Error> {
-    let available = queue.avail_idx(mem, std::sync::atomic::Ordering::Acquire)?;
-    if available.0 == queue.next_avail() {
-        return Ok(None);
-    }
-    // The iterator ends early, without an error, when it cannot read the ring. A caller that goes on until
-    // there are no more chains would then never finish, so an end where an entry was announced is an error.
-    match queue.iter(mem)?.next() {
-        Some(chain) => Ok(Some(chain)),
-        None => Err(virtio_queue::Error::InvalidAvailRingIndex),
-    }
-}
-
 /// A sequence of buffers in guest memory, laid out for readv(2) and its kin.
 ///
 /// It keeps the memory mapped for as long as it lives, so it may be handed to another thread or to the
@@ -96,14 +76,11 @@ impl GuestBuffers {
     ///
     /// # Errors
     /// When the chain is malformed, see [`ChainError`]; what was appended by then stays.
-    pub fn append_chain<M>(
-        chain: DescriptorChain<M>,
+    pub fn append_chain(
+        chain: Descriptors,
         readable: &mut Self,
         writable: &mut Self,
-    ) -> Result<(), ChainError>
-    where
-        M: Clone + Deref<Target = GuestMemoryMmap<()>>,
-    {
+    ) -> Result<(), ChainError> {
         let mut last: Option<Descriptor> = None;
         for descriptor in chain {
             let written = descriptor.is_write_only();
@@ -284,10 +261,13 @@ mod tests {
     use std::sync::Arc;
 
     use proptest::prelude::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestMemoryMmap};
 
     use super::*;
-    use crate::mock::{Buffer, MockQueue};
+    use crate::{
+        mock::{Buffer, MockQueue},
+        queue::DeviceQueue,
+    };
 
     fn memory() -> GuestMem {
         // Two regions that touch, and one apart from them.
@@ -304,9 +284,9 @@ mod tests {
         buffers
     }
 
-    fn split(mem: &GuestMem, queue: &mut Queue) -> Result<(usize, usize), ChainError> {
+    fn split(mem: &GuestMem, queue: &mut DeviceQueue) -> Result<(usize, usize), ChainError> {
         let (mut readable, mut writable) = (GuestBuffers::new(mem.clone()), GuestBuffers::new(mem.clone()));
-        let chain = pop_chain(queue, mem).unwrap().unwrap();
+        let (_, chain) = queue.pop().unwrap().unwrap().into_parts();
         GuestBuffers::append_chain(chain, &mut readable, &mut writable)?;
         Ok((readable.len(), writable.len()))
     }
@@ -332,7 +312,7 @@ mod tests {
     fn chains_are_split_and_checked() {
         let mem = memory();
         let mut mock = MockQueue::new(&mem, 0, 16);
-        let mut queue = mock.device_side();
+        let mut queue = mock.device_queue();
         mock.add(&[Buffer::readable(0x4000, 16), Buffer::writable(0x5000, 512), Buffer::writable(0x6000, 1)]);
         assert_eq!(split(&mem, &mut queue), Ok((16, 513)));
         mock.add_indirect(0x3000, &[Buffer::readable(0x4000, 16), Buffer::writable(0x6000, 1)]);
@@ -347,7 +327,7 @@ mod tests {
     fn loops_and_dangling_links_are_found() {
         let mem = memory();
         let mut mock = MockQueue::new(&mem, 0, 16);
-        let mut queue = mock.device_side();
+        let mut queue = mock.device_queue();
         mock.raw_descriptor(3, 0x4000, 1, MockQueue::NEXT, 3);
         mock.offer(3);
         assert_eq!(split(&mem, &mut queue), Err(ChainError::Truncated));
@@ -356,16 +336,6 @@ mod tests {
         assert_eq!(split(&mem, &mut queue), Err(ChainError::Truncated));
         mock.offer(200);
         assert_eq!(split(&mem, &mut queue), Err(ChainError::Empty));
-    }
-
-    #[test]
-    fn a_jump_of_the_available_index_is_an_error() {
-        let mem = memory();
-        let mock = MockQueue::new(&mem, 0, 16);
-        let mut queue = mock.device_side();
-        assert!(pop_chain(&mut queue, &mem).unwrap().is_none());
-        mock.set_available(17);
-        assert!(pop_chain(&mut queue, &mem).is_err());
     }
 
     proptest! {

@@ -1,11 +1,13 @@
 use std::{any::Any, io, os::fd::RawFd, sync::Arc};
 
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::{
     devices::{DeviceMetrics, DeviceState},
     memory::GuestMem,
+    queue::DeviceQueue,
 };
 
 /// Virtio device types (VIRTIO 1.3, section 5) that this VMM implements.
@@ -48,13 +50,52 @@ pub struct Activation {
     pub mem: GuestMem,
     /// The configured queues, in order, as many as [`VirtioDevice::queue_sizes`] names. Each was checked by
     /// the transport ([`virtio_queue::QueueT::is_valid`]) unless the driver left it disabled
-    /// (`ready() == false`).
-    pub queues: Vec<Queue>,
+    /// ([`DeviceQueue::is_ready`]).
+    pub queues: Vec<DeviceQueue>,
     /// The feature bits that the driver accepted: a subset of [`VirtioDevice::features`] and the transport's
     /// own.
     pub features: u64,
-    /// Where to raise interrupts.
+    /// Where to raise interrupts for a change of the configuration; each queue has its own.
     pub interrupt: Arc<dyn Interrupt>,
+}
+
+impl Activation {
+    /// What a device receives for queues that its driver set up, in order.
+    #[must_use]
+    pub fn new(mem: GuestMem, queues: Vec<Queue>, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let queues = queues
+            .into_iter()
+            .enumerate()
+            .map(|(index, queue)| DeviceQueue::new(queue, index, mem.clone(), interrupt.clone(), event_idx));
+        Self { queues: queues.collect(), mem, features, interrupt }
+    }
+
+    /// The queues of a device that has `N`, of which it needs the first `required`.
+    ///
+    /// # Errors
+    /// As [`check_queues`](Self::check_queues).
+    pub fn into_queues<const N: usize>(self, required: usize) -> Result<[DeviceQueue; N], ActivateError> {
+        self.check_queues(N, required)?;
+        let got = self.queues.len();
+        self.queues.try_into().map_err(|_| ActivateError::QueueCount { expected: N, got })
+    }
+
+    /// Checks that there are `count` queues, and that the driver enabled the first `required`.
+    ///
+    /// # Errors
+    /// [`ActivateError::QueueCount`] when there are more or fewer, [`ActivateError::QueueDisabled`] when the driver left
+    /// one disabled.
+    pub fn check_queues(&self, count: usize, required: usize) -> Result<(), ActivateError> {
+        let got = self.queues.len();
+        if got != count {
+            return Err(ActivateError::QueueCount { expected: count, got });
+        }
+        match self.queues.iter().take(required).position(|queue| !queue.is_ready()) {
+            Some(disabled) => Err(ActivateError::QueueDisabled(disabled)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Why a device could not be activated. The transport answers by setting DEVICE_NEEDS_RESET.
@@ -90,7 +131,17 @@ pub enum DeviceError {
         /// What it did.
         what: &'static str,
     },
-    /// The ring itself could not be read or written (descriptor loop, index jump, address outside memory).
+    /// The driver moved the available index back, or by more chains than the queue can hold.
+    #[error("queue {queue}: the driver moved the available index to {available}, where {next} comes next")]
+    AvailableIndex {
+        /// The queue on which it happened.
+        queue: usize,
+        /// Where the driver puts the next chain, as it says.
+        available: u16,
+        /// Where the device would read the next one.
+        next: u16,
+    },
+    /// The ring itself could not be read or written (such as an address outside memory).
     #[error("queue {queue}: broken ring")]
     Ring {
         /// The queue on which it happened.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`memory`] | the guest's memory and the one type by which every other module reaches it |
 //! | [`buffers`] | descriptor chains as buffers of the host |
+//! | [`queue`] | a queue as its device uses it |
 //! | [`mmio`] | the transport: registers, the status machine, interrupts |
 //! | [`devices`] | the devices, one folder each |
 //! | [`metrics`] | lock-free counters |
@@ -19,18 +20,16 @@
 pub mod buffers;
 mod device;
 pub mod devices;
-mod drain;
 pub mod memory;
 pub mod metrics;
 pub mod mmio;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod mock;
+pub mod queue;
 pub mod rate_limiter;
-mod saved_queue;
 
 pub use device::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, ThreadSetup,
     VirtioDevice,
 };
-pub use drain::{Drained, drain};
-pub use saved_queue::SavedQueue;
+pub use queue::{DeviceQueue, Drained, SavedQueue};

@@ -9,8 +9,7 @@ use std::sync::{
 use virtio_queue::{Queue, QueueT, desc::split::Descriptor};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::Interrupt;
-use crate::memory::GuestMem;
+use crate::{Interrupt, memory::GuestMem, queue::DeviceQueue};
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +75,11 @@ impl MockQueue {
         queue.set_ready(true);
         assert!(queue.is_valid::<GuestMemoryMmap<()>>(&self.mem));
         queue
+    }
+
+    /// The queue with index 0 of a device whose interrupts are not looked at, without VIRTIO_F_EVENT_IDX.
+    pub fn device_queue(&self) -> DeviceQueue {
+        DeviceQueue::new(self.device_side(), 0, self.mem.clone(), CountingInterrupt::new(), false)
     }
 
     /// Writes a descriptor as it is.

@@ -11,6 +11,7 @@ use std::{
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -203,10 +204,9 @@ fn a_driver_that_keeps_the_order_gets_its_device() {
     let activation = log.activation.as_ref().unwrap();
     assert_eq!(activation.features, (1 << 32) | 1);
     assert_eq!(activation.queues.len(), 2);
-    let queue = virtio_queue::QueueT::size(&activation.queues[0]);
-    assert_eq!(queue, 16);
-    assert!(virtio_queue::QueueT::ready(&activation.queues[0]));
-    assert!(!virtio_queue::QueueT::ready(&activation.queues[1]));
+    assert_eq!(activation.queues[0].size(), 16);
+    assert!(activation.queues[0].is_ready());
+    assert!(!activation.queues[1].is_ready());
     assert_eq!(bench.watched.0.load(Ordering::Relaxed), 1);
 }
 
@@ -457,8 +457,8 @@ proptest! {
                 prop_assert!(activation.features & (1 << VIRTIO_F_VERSION_1) != 0);
                 prop_assert_eq!(activation.features & !(0b101 | (1 << VIRTIO_F_VERSION_1)), 0);
                 for queue in &activation.queues {
-                    let ready = virtio_queue::QueueT::ready(queue);
-                    prop_assert!(!ready || virtio_queue::QueueT::is_valid(queue, &mem));
+                    let queue = Queue::try_from(queue.state()).unwrap();
+                    prop_assert!(!queue.ready() || queue.is_valid(&mem));
                 }
             }
         }

@@ -402,12 +402,7 @@ impl MmioTransport {
                 *copy = same;
             }
         }
-        Activation {
-            mem: self.mem.clone(),
-            queues,
-            features: self.driver_features,
-            interrupt: self.interrupt.clone(),
-        }
+        Activation::new(self.mem.clone(), queues, self.driver_features, self.interrupt.clone())
     }
 
     fn fail(&mut self) {

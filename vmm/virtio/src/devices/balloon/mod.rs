@@ -27,7 +27,6 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::{
     epoll::EventSet,
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
@@ -35,9 +34,8 @@ use vmm_sys_util::{
 
 use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Drained, Interrupt, PollSource,
-    SavedQueue, VirtioDevice, drain,
-    memory::{Discard, GuestMem},
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Drained, Interrupt,
+    PollSource, VirtioDevice, memory::Discard, queue::Head,
 };
 
 /// VIRTIO_BALLOON_F_STATS_VQ (section 5.5.3).
@@ -100,8 +98,7 @@ impl Role {
 }
 
 struct Active {
-    mem: GuestMem,
-    queues: Vec<Queue>,
+    queues: Vec<DeviceQueue>,
     roles: Vec<Role>,
     interrupt: Arc<dyn Interrupt>,
 }
@@ -115,7 +112,7 @@ pub struct Balloon {
     actual_pages: u32,
     statistics: Statistics,
     /// The statistics buffer that waits with us until somebody asks.
-    statistics_head: Option<u16>,
+    statistics_head: Option<Head>,
     pages: PageList,
     again: EventFd,
     active: Option<Active>,
@@ -151,7 +148,7 @@ impl Balloon {
         let mut balloon = Self::new(state.config, discard)?;
         balloon.target_pages = state.target_pages;
         balloon.actual_pages = state.actual_pages;
-        balloon.statistics_head = state.statistics_head;
+        balloon.statistics_head = state.statistics_head.map(Head::restored);
         Ok(balloon)
     }
 
@@ -196,7 +193,8 @@ impl Balloon {
         let (Some(queue), Some(head)) = (active.queues.get_mut(index), self.statistics_head.take()) else {
             return Ok(false);
         };
-        queue::give_back(queue, index, &active.mem, head, &*active.interrupt)?;
+        queue.complete(head, 0)?;
+        queue.kick()?;
         Ok(true)
     }
 
@@ -204,29 +202,28 @@ impl Balloon {
         let Self { active: Some(active), discard, pages, metrics, .. } = self else {
             return Ok(Drained::All);
         };
-        let Active { mem, queues, roles, interrupt } = active;
-        let (Some(queue), Some(role)) = (queues.get_mut(index), roles.get(index)) else {
+        let (Some(queue), Some(role)) = (active.queues.get_mut(index), active.roles.get(index)) else {
             return Ok(Drained::All);
         };
         let driver = |what| DeviceError::Driver { queue: index, what };
         match role {
-            Role::Inflate => drain(queue, index, mem, &**interrupt, |chain| {
+            Role::Inflate => queue.drain(|mem, chain| {
                 pages.read(mem, chain).map_err(driver)?;
                 pages.discard(&**discard, metrics);
                 Ok(0)
             }),
             // Pages that were given back are filled again by the host as they are touched: nothing to do.
-            Role::Deflate => drain(queue, index, mem, &**interrupt, |chain| {
+            Role::Deflate => queue.drain(|mem, chain| {
                 pages.read(mem, chain).map_err(driver)?;
                 metrics.deflated_pages.add(pages.len() as u64);
                 Ok(0)
             }),
-            Role::Reporting => drain(queue, index, mem, &**interrupt, |chain| {
+            Role::Reporting => queue.drain(|_, chain| {
                 queue::discard_reported(chain, &**discard, metrics).map_err(driver)?;
                 Ok(0)
             }),
             Role::Statistics => {
-                queue::take_statistics(queue, index, mem, &mut self.statistics_head, &mut self.statistics)
+                queue::take_statistics(queue, &mut self.statistics_head, &mut self.statistics)
             }
         }
     }
@@ -277,16 +274,10 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { mem, queues, features, interrupt } = activation;
-        let expected = self.queue_sizes.len();
-        if queues.len() != expected {
-            return Err(ActivateError::QueueCount { expected, got: queues.len() });
-        }
         // A queue of an optional feature that stays disabled is merely never used.
-        if let Some(disabled) = queues.iter().take(2).position(|queue| !queue.ready()) {
-            return Err(ActivateError::QueueDisabled(disabled));
-        }
-        self.active = Some(Active { mem, queues, roles: Role::list(features), interrupt });
+        activation.check_queues(self.queue_sizes.len(), 2)?;
+        let Activation { queues, features, interrupt, .. } = activation;
+        self.active = Some(Active { queues, roles: Role::list(features), interrupt });
         Ok(())
     }
 
@@ -316,12 +307,12 @@ impl VirtioDevice for Balloon {
     }
 
     fn save(&mut self) -> Result<DeviceState, DeviceError> {
-        let queues = self.active.iter().flat_map(|active| &active.queues).map(SavedQueue::from).collect();
+        let queues = self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect();
         Ok(DeviceState::Balloon(BalloonState {
             config: self.config,
             target_pages: self.target_pages,
             actual_pages: self.actual_pages,
-            statistics_head: self.statistics_head,
+            statistics_head: self.statistics_head.as_ref().map(Head::index),
             queues,
         }))
     }

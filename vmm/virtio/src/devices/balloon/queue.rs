@@ -1,13 +1,12 @@
 //! What happens to a descriptor chain on each of the balloon's queues.
 
-use virtio_queue::{DescriptorChain, Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{BalloonMetrics, Statistics, statistics};
 use crate::{
-    DeviceError, Drained, Interrupt,
-    buffers::pop_chain,
+    DeviceError, DeviceQueue, Drained,
     memory::{Discard, GuestMem},
+    queue::{Descriptors, Head},
 };
 
 /// Pages in the balloon have this size whatever the guest's pages have (VIRTIO 1.3, section 5.5.6).
@@ -18,8 +17,6 @@ const MAX_PAGES: usize = 1024;
 
 /// The most descriptors that one chain may have, be they ever so empty. Linux sends 1, or 32 when reporting.
 const MAX_DESCRIPTORS: usize = 256;
-
-type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
 
 /// The page numbers of one chain.
 #[derive(Debug, Default)]
@@ -33,7 +30,7 @@ impl PageList {
     /// # Errors
     /// With what the driver did, when the chain is not a bounded list of readable page numbers in guest
     /// memory.
-    pub(super) fn read(&mut self, mem: &GuestMem, chain: Chain<'_>) -> Result<(), &'static str> {
+    pub(super) fn read(&mut self, mem: &GuestMem, chain: Descriptors) -> Result<(), &'static str> {
         const MAX_BYTES: usize = MAX_PAGES * size_of::<u32>();
         let mut bytes = [0; MAX_BYTES];
         let len = read_chain(mem, chain, &mut bytes)?;
@@ -69,7 +66,7 @@ impl PageList {
 /// # Errors
 /// With what the driver did, when there are too many of them.
 pub(super) fn discard_reported(
-    chain: Chain<'_>,
+    chain: Descriptors,
     discard: &dyn Discard,
     metrics: &BalloonMetrics,
 ) -> Result<(), &'static str> {
@@ -98,56 +95,37 @@ pub(super) fn discard_reported(
 
 /// Reads statistics and keeps the buffer that they came in, to be given back when somebody asks for more.
 pub(super) fn take_statistics(
-    queue: &mut Queue,
-    index: usize,
-    mem: &GuestMem,
-    held: &mut Option<u16>,
+    queue: &mut DeviceQueue,
+    held: &mut Option<Head>,
     statistics: &mut Statistics,
 ) -> Result<Drained, DeviceError> {
-    if !queue.ready() {
+    if !queue.is_ready() {
         return Ok(Drained::All);
     }
-    let driver = |what| DeviceError::Driver { queue: index, what };
-    let ring = |source| DeviceError::Ring { queue: index, source };
     loop {
-        while let Some(chain) = pop_chain(queue, mem).map_err(ring)? {
+        while let Some(chain) = queue.pop()? {
+            let (head, descriptors) = chain.into_parts();
             // There is one buffer, and it belongs to the device until it gives it back (section 5.5.6.3).
-            if held.replace(chain.head_index()).is_some() {
-                return Err(driver("second statistics buffer"));
+            if held.replace(head).is_some() {
+                return Err(queue.driver_error("second statistics buffer"));
             }
             let mut bytes = [0; statistics::MAX_LEN];
-            let len = read_chain(mem, chain, &mut bytes).map_err(driver)?;
+            let len =
+                read_chain(queue.mem(), descriptors, &mut bytes).map_err(|what| queue.driver_error(what))?;
             *statistics = Statistics::parse(bytes.get(..len).unwrap_or_default());
         }
         // A driver with EVENT_IDX says nothing of the next answer unless it is asked to.
-        if !queue.enable_notification(&**mem).map_err(ring)? {
+        if !queue.enable_notification()? {
             return Ok(Drained::All);
         }
     }
-}
-
-/// Gives the statistics buffer back: the request for fresh ones.
-pub(super) fn give_back(
-    queue: &mut Queue,
-    index: usize,
-    mem: &GuestMem,
-    head: u16,
-    interrupt: &dyn Interrupt,
-) -> Result<(), DeviceError> {
-    let ring = |source| DeviceError::Ring { queue: index, source };
-    let mem: &GuestMemoryMmap<()> = mem;
-    queue.add_used(mem, head, 0).map_err(ring)?;
-    if queue.needs_notification(mem).map_err(ring)? {
-        interrupt.signal_queue(index);
-    }
-    Ok(())
 }
 
 /// Copies all of a chain; returns how much that was.
 ///
 /// # Errors
 /// With what the driver did, when it does not fit `to`, is not readable or not in guest memory.
-fn read_chain(mem: &GuestMem, chain: Chain<'_>, to: &mut [u8]) -> Result<usize, &'static str> {
+fn read_chain(mem: &GuestMem, chain: Descriptors, to: &mut [u8]) -> Result<usize, &'static str> {
     let mut filled = 0_usize;
     for (count, descriptor) in chain.enumerate() {
         if count == MAX_DESCRIPTORS {

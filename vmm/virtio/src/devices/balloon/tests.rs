@@ -1,10 +1,14 @@
 use std::{io, sync::Mutex};
 
 use proptest::prelude::*;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::*;
-use crate::mock::{Buffer, CountingInterrupt, MockQueue};
+use crate::{
+    memory::GuestMem,
+    mock::{Buffer, CountingInterrupt, MockQueue},
+};
 
 const MEM_SIZE: u64 = 1 << 20;
 /// Where the tests' buffers are: behind the queues.
@@ -53,19 +57,19 @@ impl Bench {
             (0..).take(queue_count(config)).map(|i| MockQueue::new(&mem, i * 0x1000, 16)).collect();
         let interrupt = CountingInterrupt::new();
         balloon
-            .activate(Activation {
-                mem: mem.clone(),
-                queues: queues.iter().map(MockQueue::device_side).collect(),
+            .activate(Activation::new(
+                mem.clone(),
+                queues.iter().map(MockQueue::device_side).collect(),
                 features,
-                interrupt: interrupt.clone(),
-            })
+                interrupt.clone(),
+            ))
             .unwrap();
         Self { mem, balloon, discarded, queues, interrupt }
     }
 
     fn full() -> Self {
         let config = BalloonConfig::default();
-        Self::new(config, features(config))
+        Self::new(config, features(config) & !(1 << VIRTIO_RING_F_EVENT_IDX))
     }
 
     /// Puts page numbers in a queue, and lets the device look.
@@ -132,7 +136,7 @@ fn reported_ranges_are_discarded_in_whole_pages() {
 #[test]
 fn queues_move_up_when_statistics_are_declined() {
     let config = BalloonConfig::default();
-    let mut bench = Bench::new(config, features(config) & !F_STATS_VQ);
+    let mut bench = Bench::new(config, features(config) & !(F_STATS_VQ | 1 << VIRTIO_RING_F_EVENT_IDX));
     bench.queues[2].add(&[Buffer::writable(0x1_0000, 0x1000)]);
     bench.balloon.process(DeviceEvent::Queue(2)).unwrap();
     assert_eq!(bench.discarded.take(), [(0x1_0000, 0x1000)]);
@@ -157,10 +161,7 @@ fn statistics_are_asked_for_and_answered() {
 
 #[test]
 fn the_driver_is_told_to_say_when_it_has_answered() {
-    let mut bench = Bench::full();
-    for queue in &mut bench.balloon.active.as_mut().unwrap().queues {
-        queue.set_event_idx(true);
-    }
+    let mut bench = Bench::new(BalloonConfig::default(), balloon_features());
     for answer in 1..4 {
         bench.statistics(&[(4, answer)]).unwrap();
         assert_eq!(u64::from(bench.queues[2].available_event()), answer);
@@ -229,12 +230,8 @@ fn only_what_is_configured_is_offered() {
 fn the_first_two_queues_are_required() {
     let bench = Bench::full();
     let mut balloon = Balloon::new(BalloonConfig::default(), Arc::new(Recorder::default())).unwrap();
-    let activation = |queues| Activation {
-        mem: bench.mem.clone(),
-        queues,
-        features: balloon_features(),
-        interrupt: CountingInterrupt::new(),
-    };
+    let activation =
+        |queues| Activation::new(bench.mem.clone(), queues, balloon_features(), CountingInterrupt::new());
     let ready = || bench.queues.iter().map(MockQueue::device_side);
     let mut without_deflate: Vec<_> = ready().collect();
     without_deflate[1].set_ready(false);
@@ -247,6 +244,11 @@ fn the_first_two_queues_are_required() {
     without_reporting[3].set_ready(false);
     balloon.activate(activation(without_reporting)).unwrap();
     balloon.process(DeviceEvent::Queue(3)).unwrap();
+}
+
+/// Without VIRTIO_F_EVENT_IDX.
+fn plain_features() -> u64 {
+    balloon_features() & !(1 << VIRTIO_RING_F_EVENT_IDX)
 }
 
 fn balloon_features() -> u64 {
@@ -265,12 +267,7 @@ fn a_restored_balloon_goes_on_where_the_saved_one_was() {
 
     let mut restored = Balloon::from_state(&state, bench.discarded.clone()).unwrap();
     let queues = state.queues.iter().map(|queue| Queue::try_from(*queue).unwrap()).collect();
-    let activation = Activation {
-        mem: bench.mem.clone(),
-        queues,
-        features: balloon_features(),
-        interrupt: bench.interrupt.clone(),
-    };
+    let activation = Activation::new(bench.mem.clone(), queues, plain_features(), bench.interrupt.clone());
     restored.activate(activation).unwrap();
     assert_eq!((restored.target_pages(), restored.actual_pages()), (77, 33));
     assert!(restored.request_statistics().unwrap(), "the held buffer survives");

@@ -36,7 +36,6 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::{
     epoll::EventSet,
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
@@ -56,10 +55,10 @@ pub use self::{
 };
 use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, SavedQueue,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Interrupt, PollSource,
     ThreadSetup, VirtioDevice,
-    buffers::{GuestBuffers, pop_chain},
-    memory::GuestMem,
+    buffers::GuestBuffers,
+    queue::Head,
     rate_limiter::{RateLimitError, RateLimiter},
 };
 
@@ -119,10 +118,7 @@ pub struct Block {
 
 /// What there is between activation and reset.
 struct Active {
-    mem: GuestMem,
-    queues: Vec<Queue>,
-    /// Each queue's used index at the last look at whether to interrupt.
-    looked_at: Vec<u16>,
+    queues: Vec<DeviceQueue>,
     interrupt: Arc<dyn Interrupt>,
     /// Writes must be safe when they are complete.
     write_through: bool,
@@ -151,7 +147,7 @@ enum Kind {
 #[derive(Debug)]
 struct InFlight {
     queue: usize,
-    head: u16,
+    head: Head,
     kind: Kind,
     status: GuestBuffers,
     /// Operations that have not ended.
@@ -252,39 +248,37 @@ impl Block {
             // The timer comes back here.
             return Ok(());
         }
-        let mem = active.mem.clone();
-        let Some(queue) = active.queues.get_mut(index).filter(|queue| queue.ready()) else {
+        let Some(queue) = active.queues.get_mut(index).filter(|queue| queue.is_ready()) else {
             return Ok(());
         };
-        let ring = |source| DeviceError::Ring { queue: index, source };
         let mut budget = queue.size();
         loop {
-            queue.disable_notification(&*mem).map_err(ring)?;
+            queue.disable_notification()?;
             while budget > 0 {
                 // Without a free slot, the next completion comes back here.
                 let Some(&slot) = active.free.last() else {
                     return self.engine.flush_submissions().map_err(DeviceError::Backend);
                 };
-                let Some(chain) = pop_chain(queue, &mem).map_err(ring)? else {
+                let Some(chain) = queue.pop()? else {
                     break;
                 };
                 budget -= 1;
-                let head = chain.head_index();
-                let parsed = parse(chain, &mem, &self.disk)
-                    .map_err(|what| DeviceError::Driver { queue: index, what })?;
+                let (head, readable, writable) = chain.into_buffers()?;
+                let parsed =
+                    parse(readable, writable, &self.disk).map_err(|what| queue.driver_error(what))?;
                 let bytes = parsed.request.as_ref().map_or(0, Request::bytes);
                 if !self.limiter.admit(bytes).map_err(DeviceError::Backend)? {
                     self.metrics.throttled.inc();
-                    queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+                    queue.undo_pop(head);
                     return self.engine.flush_submissions().map_err(DeviceError::Backend);
                 }
                 let starter =
                     Starter { disk: &self.disk, config: &self.config, write_through: active.write_through };
                 match starter.start(parsed, index, head) {
-                    Started::Done { status, kind, at, written } => {
+                    Started::Done { head, status, kind, at, written } => {
                         count(&self.metrics, kind, status);
                         at.copy_from(0, &[status as u8]);
-                        queue.add_used(&*mem, head, written).map_err(ring)?;
+                        queue.complete(head, written)?;
                     }
                     Started::InFlight(request, operations) => {
                         active.free.pop();
@@ -302,7 +296,7 @@ impl Block {
                 self.again.write(1).map_err(DeviceError::Backend)?;
                 break;
             }
-            if !queue.enable_notification(&*mem).map_err(ring)? {
+            if !queue.enable_notification()? {
                 break;
             }
         }
@@ -321,15 +315,10 @@ impl Block {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        let ring = |source| DeviceError::Ring { queue: index, source };
-        if let Some(queue) = active.queues.get_mut(index).filter(|queue| queue.ready())
-            && let Some(looked_at) = active.looked_at.get_mut(index)
-            && std::mem::replace(looked_at, queue.next_used()) != queue.next_used()
-            && queue.needs_notification(&*active.mem).map_err(ring)?
-        {
-            active.interrupt.signal_queue(index);
+        match active.queues.get_mut(index) {
+            Some(queue) => queue.kick(),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Answers the requests whose operations have all ended.
@@ -359,12 +348,10 @@ impl Block {
                 (Kind::Read(bytes), Status::Ok) => u32::try_from(bytes + 1).unwrap_or(u32::MAX),
                 _ => 1,
             };
-            let (index, head) = (request.queue, request.head);
-            *place = None;
+            let Some(InFlight { queue: index, head, .. }) = place.take() else { continue };
             active.free.push(tag);
             if let Some(queue) = active.queues.get_mut(index) {
-                let ring = |source| DeviceError::Ring { queue: index, source };
-                queue.add_used(&*active.mem, head, written).map_err(ring)?;
+                queue.complete(head, written)?;
                 touched |= 1 << index;
             }
         }
@@ -388,7 +375,7 @@ impl Block {
 /// What became of a request.
 enum Started {
     /// It is answered, with so many bytes written to the driver's buffers.
-    Done { status: Status, kind: Option<Kind>, at: GuestBuffers, written: u32 },
+    Done { head: Head, status: Status, kind: Option<Kind>, at: GuestBuffers, written: u32 },
     /// It takes these operations: file, offset, action.
     InFlight(InFlight, Vec<(usize, u64, Action)>),
 }
@@ -401,11 +388,13 @@ struct Starter<'a> {
 }
 
 impl Starter<'_> {
-    fn start(&self, parsed: Parsed, queue: usize, head: u16) -> Started {
+    fn start(&self, parsed: Parsed, queue: usize, head: Head) -> Started {
         let Parsed { request, status } = parsed;
         let request = match request {
             Ok(request) => request,
-            Err(refused) => return Started::Done { status: refused, kind: None, at: status, written: 1 },
+            Err(refused) => {
+                return Started::Done { head, status: refused, kind: None, at: status, written: 1 };
+            }
         };
         let mut then_flush = false;
         let (kind, operations) = match request {
@@ -413,7 +402,13 @@ impl Starter<'_> {
                 let mut id = [0; ID_BYTES];
                 id.iter_mut().zip(self.config.id.bytes()).for_each(|(to, from)| *to = from);
                 let written = u32::try_from(data.copy_from(0, &id)).unwrap_or(0);
-                return Started::Done { status: Status::Ok, kind: None, at: status, written: written + 1 };
+                return Started::Done {
+                    head,
+                    status: Status::Ok,
+                    kind: None,
+                    at: status,
+                    written: written + 1,
+                };
             }
             Request::Read { offset, data } => {
                 let kind = Kind::Read(data.len() as u64);
@@ -445,7 +440,7 @@ impl Starter<'_> {
             // Nothing to do: no bytes, a flush of what is never dirty, or padding, which is zeroed by now.
             let written = if let Kind::Read(bytes) = kind { bytes + 1 } else { 1 };
             let written = u32::try_from(written).unwrap_or(u32::MAX);
-            return Started::Done { status: Status::Ok, kind: Some(kind), at: status, written };
+            return Started::Done { head, status: Status::Ok, kind: Some(kind), at: status, written };
         }
         let pending = operations.len();
         let request = InFlight { queue, head, kind, status, pending, failed: false, then_flush };
@@ -533,26 +528,17 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { mem, mut queues, features, interrupt } = activation;
         if self.stuck {
             return Err(ActivateError::Backend(io::ErrorKind::ResourceBusy.into()));
         }
-        let expected = self.queue_sizes.len();
-        if queues.len() != expected {
-            return Err(ActivateError::QueueCount { expected, got: queues.len() });
-        }
         // A driver uses as many queues as it has processors for, but the first in any case.
-        if !queues.first().is_some_and(Queue::ready) {
-            return Err(ActivateError::QueueDisabled(0));
-        }
+        activation.check_queues(self.queue_sizes.len(), 1)?;
+        let Activation { queues, features, interrupt, .. } = activation;
         let accepted = |bit: u32| features & (1 << bit) != 0;
-        queues.iter_mut().for_each(|queue| queue.set_event_idx(accepted(VIRTIO_RING_F_EVENT_IDX)));
         let slots = queues.iter().map(|queue| usize::from(queue.size())).sum();
         // A driver that cannot flush takes a completed write for a safe one (section 5.2.6.2).
         let write_through = !accepted(VIRTIO_BLK_F_FLUSH) && self.config.cache != CacheMode::Unsafe;
         self.active = Some(Active {
-            mem,
-            looked_at: queues.iter().map(Queue::next_used).collect(),
             queues,
             interrupt,
             write_through,
@@ -605,7 +591,7 @@ impl VirtioDevice for Block {
 
     fn save(&mut self) -> Result<DeviceState, DeviceError> {
         self.finish()?;
-        let queues = self.active.iter().flat_map(|active| &active.queues).map(SavedQueue::from).collect();
+        let queues = self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect();
         let capacity = self.capacity_sectors();
         Ok(DeviceState::Block(BlockState { config: self.config.clone(), capacity, queues }))
     }

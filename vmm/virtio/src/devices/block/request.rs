@@ -5,14 +5,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::DescriptorChain;
-use vm_memory::GuestMemoryMmap;
 
 use super::{
     config::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS, SECTOR},
     disk::Disk,
 };
-use crate::{buffers::GuestBuffers, memory::GuestMem};
+use crate::buffers::GuestBuffers;
 
 const HEADER: usize = 16;
 const RANGE: usize = 16;
@@ -66,17 +64,15 @@ impl Request {
     }
 }
 
-/// Takes a chain apart.
+/// Takes a chain's buffers apart.
 ///
 /// # Errors
 /// In words, when the chain has no header or no place for a status: then it cannot even be refused.
 pub(super) fn parse(
-    chain: DescriptorChain<&GuestMemoryMmap<()>>,
-    mem: &GuestMem,
+    mut readable: GuestBuffers,
+    mut writable: GuestBuffers,
     disk: &Disk,
 ) -> Result<Parsed, &'static str> {
-    let (mut readable, mut writable) = (GuestBuffers::new(mem.clone()), GuestBuffers::new(mem.clone()));
-    GuestBuffers::append_chain(chain, &mut readable, &mut writable).map_err(|error| error.what())?;
     let mut header = [0; HEADER];
     if readable.copy_to(0, &mut header) != HEADER {
         return Err("request without a header");

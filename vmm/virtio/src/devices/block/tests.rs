@@ -12,10 +12,14 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::mock::{Buffer, CountingInterrupt, MockQueue};
+use crate::{
+    memory::GuestMem,
+    mock::{Buffer, CountingInterrupt, MockQueue},
+};
 
 const ENGINES: [IoEngine; 2] = [IoEngine::Sync, IoEngine::IoUring];
 const HEADER: u64 = 0x8000;
@@ -53,7 +57,7 @@ impl Bench {
 
     fn activate_with(&mut self, queues: Vec<Queue>, features: u64) -> Result<(), ActivateError> {
         let interrupt = self.interrupt.clone();
-        self.block.activate(Activation { mem: self.mem.clone(), queues, features, interrupt })
+        self.block.activate(Activation::new(self.mem.clone(), queues, features, interrupt))
     }
 
     /// Puts a request into the queue; its header and status are in the n-th place.

@@ -36,7 +36,6 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::{
     epoll::EventSet,
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
@@ -51,8 +50,9 @@ pub use self::{
 };
 use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, SavedQueue,
-    VirtioDevice, memory::GuestMem,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, VirtioDevice,
+    memory::GuestMem,
+    queue::{Chain, Head},
 };
 #[cfg(any(test, feature = "test-utils"))]
 pub use tests::exercise_workers;
@@ -80,8 +80,7 @@ pub enum FsError {
 /// What the workers and the event loop share of an active device.
 struct Active {
     mem: GuestMem,
-    queues: Vec<Mutex<Queue>>,
-    interrupt: Arc<dyn Interrupt>,
+    queues: Vec<Mutex<DeviceQueue>>,
     in_flight: Mutex<InFlight>,
     idle: Condvar,
     /// What a worker found wrong with a queue when it completed a request.
@@ -131,18 +130,15 @@ impl Active {
     }
 
     /// Gives an entry back to the driver.
-    fn complete(&self, index: usize, head: u16, len: u32) -> Result<(), virtio_queue::Error> {
+    fn complete(&self, index: usize, head: Head, len: u32) -> Result<(), DeviceError> {
         let Some(queue) = self.queues.get(index) else { return Ok(()) };
         let mut queue = lock(queue);
         // First, as the driver may use the entry again at once.
         if let Some(count) = lock(&self.in_flight).taken.get_mut(index) {
             *count = count.saturating_sub(1);
         }
-        queue.add_used(&*self.mem, head, len)?;
-        if queue.needs_notification(&*self.mem)? {
-            self.interrupt.signal_queue(index);
-        }
-        Ok(())
+        queue.complete(head, len)?;
+        queue.kick()
     }
 }
 
@@ -199,16 +195,15 @@ impl Fs {
     fn take(&self, index: usize) -> Result<(), DeviceError> {
         let Some(active) = &self.active else { return Ok(()) };
         let Some(queue) = active.queues.get(index) else { return Ok(()) };
-        let ring = |source| DeviceError::Ring { queue: index, source };
         let mut queue = lock(queue);
-        if !queue.ready() {
+        if !queue.is_ready() {
             return Ok(());
         }
         let size = queue.size();
         let mut left = size;
         loop {
-            queue.disable_notification(&*active.mem).map_err(ring)?;
-            while let Some(chain) = pop(&mut queue, &active.mem).map_err(ring)? {
+            queue.disable_notification()?;
+            while let Some(chain) = queue.pop()? {
                 active.begin(index, size)?;
                 self.submit(active, index, chain);
                 left -= 1;
@@ -216,21 +211,21 @@ impl Fs {
                     return self.again.write(1).map_err(DeviceError::Backend);
                 }
             }
-            if !queue.enable_notification(&*active.mem).map_err(ring)? {
+            if !queue.enable_notification()? {
                 return Ok(());
             }
         }
     }
 
-    fn submit(&self, active: &Arc<Active>, index: usize, chain: DescriptorChain<GuestMem>) {
+    fn submit(&self, active: &Arc<Active>, index: usize, chain: Chain) {
         let (active, share, server) = (active.clone(), self.share.clone(), self.server.clone());
         let (metrics, again) = (self.metrics.clone(), self.again.clone());
         self.workers.submit(Box::new(move || {
             if !active.cancelled.load(Ordering::Acquire) {
-                let head = chain.head_index();
-                let len = request::serve((&share, &server), &active.mem, chain, &metrics);
-                if let Err(source) = active.complete(index, head, len) {
-                    *lock(&active.broken) = Some(DeviceError::Ring { queue: index, source });
+                let (head, descriptors) = chain.into_parts();
+                let len = request::serve((&share, &server), &active.mem, descriptors, &metrics);
+                if let Err(error) = active.complete(index, head, len) {
+                    *lock(&active.broken) = Some(error);
                     // A counter that is full wakes the loop as well.
                     let _ = again.write(1);
                 }
@@ -238,17 +233,6 @@ impl Fs {
             active.end();
         }));
     }
-}
-
-/// The next chain, which keeps the guest's memory mapped.
-fn pop(queue: &mut Queue, mem: &GuestMem) -> Result<Option<DescriptorChain<GuestMem>>, virtio_queue::Error> {
-    let available = queue.avail_idx(&**mem, Ordering::Acquire)?;
-    if available.0 == queue.next_avail() {
-        return Ok(None);
-    }
-    // An end where an entry was announced would have the caller ask for ever.
-    let chain = queue.iter(mem.clone())?.next();
-    chain.map(Some).ok_or(virtio_queue::Error::InvalidAvailRingIndex)
 }
 
 impl VirtioDevice for Fs {
@@ -275,22 +259,13 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { mem, mut queues, features, interrupt } = activation;
-        let expected = self.queue_sizes.len();
-        if queues.len() != expected {
-            return Err(ActivateError::QueueCount { expected, got: queues.len() });
-        }
         // The urgent queue and the first for requests; a driver may leave the others.
-        if let Some(disabled) = queues.iter().take(2).position(|queue| !queue.ready()) {
-            return Err(ActivateError::QueueDisabled(disabled));
-        }
-        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        queues.iter_mut().for_each(|queue| queue.set_event_idx(event_idx));
+        activation.check_queues(self.queue_sizes.len(), 2)?;
+        let Activation { mem, queues, .. } = activation;
         self.active = Some(Arc::new(Active {
             mem,
             in_flight: Mutex::new(InFlight { taken: vec![0; queues.len()], jobs: 0 }),
             queues: queues.into_iter().map(Mutex::new).collect(),
-            interrupt,
             idle: Condvar::new(),
             broken: Mutex::new(None),
             cancelled: AtomicBool::new(false),
@@ -337,7 +312,7 @@ impl VirtioDevice for Fs {
             return Err(DeviceError::Backend(io::Error::new(io::ErrorKind::Unsupported, why)));
         }
         let queues = self.active.iter().flat_map(|active| &active.queues);
-        let queues = queues.map(|queue| SavedQueue::from(&*lock(queue))).collect();
+        let queues = queues.map(|queue| lock(queue).state()).collect();
         Ok(DeviceState::Fs(FsState { config: self.config.clone(), queues }))
     }
 

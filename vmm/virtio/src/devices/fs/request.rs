@@ -13,7 +13,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::ByteValued;
 
 use super::{metrics::FsMetrics, passthrough::Passthrough};
-use crate::{buffers::GuestBuffers, memory::GuestMem};
+use crate::{buffers::GuestBuffers, memory::GuestMem, queue::Descriptors};
 
 /// `struct fuse_in_header`
 const IN_HEADER: usize = 40;
@@ -96,12 +96,13 @@ impl Header {
 pub(super) fn serve(
     (share, server): (&Passthrough, &Server<Arc<Passthrough>>),
     mem: &GuestMem,
-    chain: DescriptorChain<GuestMem>,
+    chain: Descriptors,
     metrics: &FsMetrics,
 ) -> u32 {
     let (mut message, mut reply) = (GuestBuffers::new(mem.clone()), GuestBuffers::new(mem.clone()));
     metrics.requests.inc();
-    if GuestBuffers::append_chain(chain.clone(), &mut message, &mut reply).is_err() {
+    let again = chain.walk_again();
+    if GuestBuffers::append_chain(chain, &mut message, &mut reply).is_err() {
         metrics.refused.inc();
         return 0;
     }
@@ -116,7 +117,7 @@ pub(super) fn serve(
     } else if let Some(result) = extensions::serve(share, &header, &message) {
         put(&header, &reply, &result)
     } else if SERVED.iter().any(|opcode| header.is(*opcode)) {
-        answer(server, mem, chain, &header, &reply)
+        answer(server, mem, again, &header, &reply)
             .unwrap_or_else(|| refuse(&header, &reply, libc::EINVAL, metrics))
     } else {
         refuse(&header, &reply, libc::ENOSYS, metrics)

@@ -30,7 +30,6 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::{
     epoll::EventSet,
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
@@ -38,8 +37,8 @@ use vmm_sys_util::{
 
 use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Drained, Interrupt, PollSource,
-    SavedQueue, VirtioDevice, drain, memory::GuestMem,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Drained, Interrupt,
+    PollSource, VirtioDevice,
 };
 
 /// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE (section 5.15.3).
@@ -161,8 +160,7 @@ impl MemoryConfig {
 }
 
 struct Active {
-    mem: GuestMem,
-    queue: Queue,
+    queue: DeviceQueue,
     interrupt: Arc<dyn Interrupt>,
 }
 
@@ -359,8 +357,7 @@ impl MemoryDevice {
     fn work(&mut self) -> Result<(), DeviceError> {
         // Taken out so that requests can change the rest of the device while its queue is walked.
         let Some(mut active) = self.active.take() else { return Ok(()) };
-        let Active { mem, queue, interrupt } = &mut active;
-        let drained = drain(queue, 0, mem, &**interrupt, |chain| {
+        let drained = active.queue.drain(|mem, chain| {
             let driver = |what| DeviceError::Driver { queue: 0, what };
             let (request, answer) = queue::read_request(mem, chain).map_err(driver)?;
             let response = self.handle(request);
@@ -414,19 +411,13 @@ impl VirtioDevice for MemoryDevice {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { mem, queues, features, interrupt } = activation;
-        let got = queues.len();
-        let Ok([queue]) = <[Queue; 1]>::try_from(queues) else {
-            return Err(ActivateError::QueueCount { expected: 1, got });
-        };
-        if !queue.ready() {
-            return Err(ActivateError::QueueDisabled(0));
-        }
+        let (features, interrupt) = (activation.features, activation.interrupt.clone());
+        let [queue] = activation.into_queues(1)?;
         if features & F_UNPLUGGED_INACCESSIBLE == 0 {
             let why = "the driver wants to read unplugged memory";
             return Err(ActivateError::Backend(std::io::Error::new(std::io::ErrorKind::Unsupported, why)));
         }
-        self.active = Some(Active { mem, queue, interrupt });
+        self.active = Some(Active { queue, interrupt });
         Ok(())
     }
 
@@ -455,7 +446,7 @@ impl VirtioDevice for MemoryDevice {
             config: self.config,
             requested_size: self.requested_size,
             plugged: self.plugged.clone(),
-            queues: self.active.iter().map(|active| SavedQueue::from(&active.queue)).collect(),
+            queues: self.active.iter().map(|active| active.queue.state()).collect(),
         }))
     }
 

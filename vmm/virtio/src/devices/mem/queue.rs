@@ -1,9 +1,8 @@
 //! Requests and responses (VIRTIO 1.3, section 5.15.6).
 
-use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::GuestMem;
+use crate::{memory::GuestMem, queue::Descriptors};
 
 /// Length of `struct virtio_mem_req`.
 const REQUEST_LEN: usize = 24;
@@ -97,7 +96,7 @@ impl Answer {
 /// With what the driver did, when the chain has another shape.
 pub(super) fn read_request(
     mem: &GuestMem,
-    mut chain: DescriptorChain<&GuestMemoryMmap<()>>,
+    mut chain: Descriptors,
 ) -> Result<(Request, Answer), &'static str> {
     let request = chain.next().filter(|d| !d.is_write_only()).ok_or("no request")?;
     let answer = chain.next().filter(|d| d.is_write_only()).ok_or("no room for a response")?;

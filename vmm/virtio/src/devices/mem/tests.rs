@@ -1,10 +1,14 @@
 use std::{collections::BTreeSet, io, sync::Mutex};
 
 use proptest::prelude::*;
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::mock::{Buffer, CountingInterrupt, MockQueue};
+use crate::{
+    memory::GuestMem,
+    mock::{Buffer, CountingInterrupt, MockQueue},
+};
 
 const MIB: u64 = 1 << 20;
 const START: u64 = 4 << 30;
@@ -113,7 +117,7 @@ impl Bench {
 
 fn activation(mem: &GuestMem, queue: Queue, interrupt: &Arc<CountingInterrupt>) -> Activation {
     let features = F_UNPLUGGED_INACCESSIBLE | 1 << VIRTIO_F_VERSION_1;
-    Activation { mem: mem.clone(), queues: vec![queue], features, interrupt: interrupt.clone() }
+    Activation::new(mem.clone(), vec![queue], features, interrupt.clone())
 }
 
 #[test]

@@ -29,7 +29,6 @@ use virtio_bindings::{
     virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS},
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::{
     epoll::EventSet,
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
@@ -48,15 +47,9 @@ use self::{
 };
 use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, SavedQueue,
-    VirtioDevice,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, VirtioDevice,
     rate_limiter::{RateLimitError, RateLimiter},
 };
-
-/// The receive queue.
-const RX: usize = 0;
-/// The transmit queue.
-const TX: usize = 1;
 
 /// The tap has a frame, or room for one.
 const TOKEN_TAP: u32 = 0;
@@ -108,7 +101,6 @@ impl<B> fmt::Debug for Net<B> {
 struct Active {
     receiver: Receiver,
     sender: Sender,
-    interrupt: Arc<dyn Interrupt>,
     /// What the tap has not been told yet.
     new_offloads: Option<Offloads>,
     /// The tap may have a frame: it was not seen empty since it last said so.
@@ -160,25 +152,21 @@ impl<B: NetBackend> Net<B> {
             self.backend.set_offloads(offloads).map_err(DeviceError::Backend)?;
         }
         let mut again = false;
-        if active.writable && active.sender.queue.ready() && !self.tx_limiter.is_blocked() {
+        if active.writable && active.sender.queue.is_ready() && !self.tx_limiter.is_blocked() {
             match active.sender.send(&mut self.backend, &mut self.tx_limiter, &self.metrics)? {
                 tx::Pause::NoRoom => active.writable = false,
                 tx::Pause::Turn => again = true,
                 tx::Pause::NoFrame | tx::Pause::Limited => {}
             }
-            if active.sender.needs_interrupt()? {
-                active.interrupt.signal_queue(TX);
-            }
+            active.sender.queue.kick()?;
         }
-        if active.readable && active.receiver.queue.ready() && !self.rx_limiter.is_blocked() {
+        if active.readable && active.receiver.queue.is_ready() && !self.rx_limiter.is_blocked() {
             match active.receiver.receive(&mut self.backend, &mut self.rx_limiter, &self.metrics)? {
                 rx::Pause::NoFrame => active.readable = false,
                 rx::Pause::Turn => again = true,
                 rx::Pause::NoBuffers | rx::Pause::Limited => {}
             }
-            if active.receiver.needs_interrupt()? {
-                active.interrupt.signal_queue(RX);
-            }
+            active.receiver.queue.kick()?;
         }
         if again {
             self.again.write(1).map_err(DeviceError::Backend)?;
@@ -219,27 +207,16 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { mem, queues, features, interrupt } = activation;
-        let count = queues.len();
-        let [mut rx, mut tx]: [Queue; 2] =
-            queues.try_into().map_err(|_| ActivateError::QueueCount { expected: 2, got: count })?;
-        for (index, queue) in [(RX, &rx), (TX, &tx)] {
-            if !queue.ready() {
-                return Err(ActivateError::QueueDisabled(index));
-            }
-        }
+        let features = activation.features;
+        let [rx, tx] = activation.into_queues(2)?;
         let accepted = |bit: u32| features & (1 << bit) != 0;
-        let event_idx = accepted(VIRTIO_RING_F_EVENT_IDX);
-        rx.set_event_idx(event_idx);
-        tx.set_event_idx(event_idx);
         let offloads = Offloads::to_guest(features);
         let unsegmented = usize::from(self.config.mtu.unwrap_or(0).max(1500)) + 18;
         let longest = if (offloads - Offloads::CSUM).is_empty() { unsegmented } else { MAX_FRAME };
-        let negotiated = Negotiated { event_idx, mergeable: accepted(VIRTIO_NET_F_MRG_RXBUF), longest };
+        let negotiated = Negotiated { mergeable: accepted(VIRTIO_NET_F_MRG_RXBUF), longest };
         self.active = Some(Active {
-            receiver: Receiver::new(mem.clone(), rx, negotiated),
-            sender: Sender::new(mem, tx, Offloads::to_host(features)),
-            interrupt,
+            receiver: Receiver::new(rx, negotiated),
+            sender: Sender::new(tx, Offloads::to_host(features)),
             // The vCPU thread that activates may lack the system call.
             new_offloads: Some(offloads),
             readable: true,
@@ -291,7 +268,7 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
         if let Some(active) = &mut self.active {
             active.receiver.give_back();
             // Should this machine go on, what it gave back is there to be taken again.
-            queues = [&active.receiver.queue, &active.sender.queue].map(SavedQueue::from).to_vec();
+            queues = [&active.receiver.queue, &active.sender.queue].map(DeviceQueue::state).to_vec();
         }
         Ok(DeviceState::Net(NetState { config: self.config.clone(), queues }))
     }

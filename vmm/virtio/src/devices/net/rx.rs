@@ -1,28 +1,14 @@
 //! From the host to the guest: frames are read straight into the driver's buffers, of which one frame may
 //! take several (VIRTIO_NET_F_MRG_RXBUF).
 
-use std::{
-    collections::VecDeque,
-    io,
-    num::Wrapping,
-    sync::atomic::{Ordering, fence},
-};
-
-use virtio_queue::{Error as QueueError, Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use std::{collections::VecDeque, io};
 
 use super::{
-    RX,
     backend::NetBackend,
     header::{HEADER, NUM_BUFFERS},
     metrics::NetMetrics,
 };
-use crate::{
-    DeviceError,
-    buffers::{GuestBuffers, pop_chain},
-    memory::GuestMem,
-    rate_limiter::RateLimiter,
-};
+use crate::{DeviceError, DeviceQueue, buffers::GuestBuffers, queue::Head, rate_limiter::RateLimiter};
 
 /// Why receiving stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,43 +26,31 @@ pub(super) enum Pause {
 /// The receiving half of an active card.
 #[derive(Debug)]
 pub(super) struct Receiver {
-    mem: GuestMem,
-    pub(super) queue: Queue,
-    event_idx: bool,
+    pub(super) queue: DeviceQueue,
     mergeable: bool,
     /// The room to have before a frame is read, header included.
     wanted: usize,
     /// Buffers taken from the queue and not filled yet, in order.
     buffers: GuestBuffers,
     /// The chains that they are from: head and length.
-    chains: VecDeque<(u16, usize)>,
+    chains: VecDeque<(Head, usize)>,
     /// The length of a frame that is in the buffers and waits for the rate limiter.
     held: Option<usize>,
-    /// The used index at the last look at whether to interrupt.
-    looked_at: Wrapping<u16>,
 }
 
 /// How a receiver was set up by its driver.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Negotiated {
-    pub(super) event_idx: bool,
     pub(super) mergeable: bool,
     /// The longest frame to expect, without its header.
     pub(super) longest: usize,
 }
 
-fn ring(source: QueueError) -> DeviceError {
-    DeviceError::Ring { queue: RX, source }
-}
-
 impl Receiver {
-    pub(super) fn new(mem: GuestMem, queue: Queue, negotiated: Negotiated) -> Self {
+    pub(super) fn new(queue: DeviceQueue, negotiated: Negotiated) -> Self {
         Self {
-            buffers: GuestBuffers::new(mem.clone()),
-            looked_at: Wrapping(queue.next_used()),
-            mem,
+            buffers: GuestBuffers::new(queue.mem().clone()),
             queue,
-            event_idx: negotiated.event_idx,
             mergeable: negotiated.mergeable,
             wanted: negotiated.longest + HEADER,
             chains: VecDeque::new(),
@@ -128,30 +102,29 @@ impl Receiver {
     /// Takes chains from the queue until a frame of any length finds room; whether it does. If not, the
     /// driver was asked to notify.
     fn fill(&mut self) -> Result<bool, DeviceError> {
-        let mem: &GuestMemoryMmap<()> = &self.mem.clone();
         loop {
             while !self.has_room() {
-                let Some(chain) = pop_chain(&mut self.queue, mem).map_err(ring)? else {
+                let Some(chain) = self.queue.pop()? else {
                     break;
                 };
-                let head = chain.head_index();
+                let (head, descriptors) = chain.into_parts();
                 let before = self.buffers.len();
-                let mut readable = GuestBuffers::new(self.mem.clone());
-                let driver = |what| DeviceError::Driver { queue: RX, what };
-                GuestBuffers::append_chain(chain, &mut readable, &mut self.buffers)
-                    .map_err(|error| driver(error.what()))?;
+                let mut readable = GuestBuffers::new(self.queue.mem().clone());
+                GuestBuffers::append_chain(descriptors, &mut readable, &mut self.buffers)
+                    .map_err(|error| self.queue.driver_error(error.what()))?;
                 let len = self.buffers.len() - before;
                 // The header of a frame must be in one piece at the start of a chain (section 5.1.6.3.2).
                 if len <= HEADER || !readable.is_empty() {
-                    return Err(driver("receive buffer with no room for a frame, or not writable"));
+                    let what = "receive buffer with no room for a frame, or not writable";
+                    return Err(self.queue.driver_error(what));
                 }
                 self.chains.push_back((head, len));
             }
             if self.has_room() {
-                self.queue.disable_notification(mem).map_err(ring)?;
+                self.queue.disable_notification()?;
                 return Ok(true);
             }
-            if !self.queue.enable_notification(mem).map_err(ring)? {
+            if !self.queue.enable_notification()? {
                 // With every buffer there is in hand, waiting for more would be waiting for ever.
                 return Ok(self.chains.len() >= usize::from(self.queue.size()));
             }
@@ -180,59 +153,15 @@ impl Receiver {
         let count = u16::try_from(filled.len()).unwrap_or(u16::MAX);
         self.buffers.copy_from(NUM_BUFFERS, &count.to_le_bytes());
         self.buffers.advance(bytes);
-        self.publish(&filled)
-    }
-
-    /// Adds chains to the used ring in one step: a driver that saw the first chain of a frame without the
-    /// others would take the frame for broken.
-    fn publish(&mut self, filled: &[(u16, u32)]) -> Result<(), DeviceError> {
-        let mem: &GuestMemoryMmap<()> = &self.mem;
-        let Some((&(last_head, last_len), before)) = filled.split_last() else {
-            return Ok(());
-        };
-        let mut next = Wrapping(self.queue.next_used());
-        for &(head, len) in before {
-            if head >= self.queue.size() {
-                return Err(ring(QueueError::InvalidDescriptorIndex));
-            }
-            let slot = u64::from(next.0.checked_rem(self.queue.size()).unwrap_or_default());
-            let address = self.queue.used_ring().checked_add(4 + 8 * slot);
-            let address = GuestAddress(address.ok_or_else(|| ring(QueueError::AddressOverflow))?);
-            let mut element = [0; 8];
-            element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-            element[4..].copy_from_slice(&len.to_le_bytes());
-            mem.write_slice(&element, address).map_err(|error| ring(QueueError::GuestMemory(error)))?;
-            next += 1;
-        }
-        // The last one's store of the index, with release ordering, is what makes all of them visible.
-        self.queue.set_next_used(next.0);
-        self.queue.add_used(mem, last_head, last_len).map_err(ring)
-    }
-
-    /// Whether to interrupt the driver for what was delivered since the last call (section 2.7.7.1).
-    pub(super) fn needs_interrupt(&mut self) -> Result<bool, DeviceError> {
-        let (old, new) = (self.looked_at, Wrapping(self.queue.next_used()));
-        self.looked_at = new;
-        if old == new || !self.event_idx {
-            return Ok(old != new);
-        }
-        // The driver writes its wish and then looks at the index; we write the index and then look at the
-        // wish.
-        fence(Ordering::SeqCst);
-        let address = self.queue.avail_ring().checked_add(4 + 2 * u64::from(self.queue.size()));
-        let address = GuestAddress(address.ok_or_else(|| ring(QueueError::AddressOverflow))?);
-        let wish: u16 = self
-            .mem
-            .load(address, Ordering::Relaxed)
-            .map_err(|error| ring(QueueError::GuestMemory(error)))?;
-        Ok(new - Wrapping(u16::from_le(wish)) - Wrapping(1) < new - old)
+        // A driver that saw the first chain of a frame without the others would take the frame for broken.
+        self.queue.complete_together(filled)
     }
 
     /// Gives back what was taken from the queue and not filled; a held frame is lost, as frames may be.
     pub(super) fn give_back(&mut self) {
-        let taken = u16::try_from(self.chains.len()).unwrap_or_default();
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(taken));
-        self.chains.clear();
+        for (head, _) in self.chains.drain(..) {
+            self.queue.undo_pop(head);
+        }
         self.buffers.clear();
         self.held = None;
     }

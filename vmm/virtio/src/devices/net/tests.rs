@@ -19,6 +19,10 @@ use crate::{
     mock::{Buffer, CountingInterrupt, MockQueue},
 };
 
+/// The receive queue.
+const RX: usize = 0;
+/// The transmit queue.
+const TX: usize = 1;
 const DATA: u64 = 0x4_0000;
 const MEMORY: usize = 4 << 20;
 const QUEUE: u16 = 32;
@@ -92,7 +96,7 @@ impl Bench {
     fn activate(&mut self, features: u64) {
         let queues = vec![self.rx.device_side(), self.tx.device_side()];
         let interrupt = self.interrupt.clone();
-        self.net.activate(Activation { mem: self.mem.clone(), queues, features, interrupt }).unwrap();
+        self.net.activate(Activation::new(self.mem.clone(), queues, features, interrupt)).unwrap();
         self.again();
     }
 
@@ -385,7 +389,7 @@ fn a_snapshot_gives_back_what_was_not_filled() {
     let queues = state.queues.iter().map(|&queue| queue.try_into().unwrap()).collect();
     let (mem, interrupt) = (bench.mem.clone(), bench.interrupt.clone());
     let features = bench.net.features();
-    bench.net.activate(Activation { mem, queues, features, interrupt }).unwrap();
+    bench.net.activate(Activation::new(mem, queues, features, interrupt)).unwrap();
     bench.again();
     bench.arrive(&pattern(300));
     assert_eq!(bench.bytes(DATA + 0x1000 + 12, 300), pattern(300));

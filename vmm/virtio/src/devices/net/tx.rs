@@ -3,21 +3,12 @@
 
 use std::io;
 
-use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
-
 use super::{
-    TX,
     backend::NetBackend,
     header::{HEADER, Offloads, check_sent},
     metrics::NetMetrics,
 };
-use crate::{
-    DeviceError,
-    buffers::{GuestBuffers, pop_chain},
-    memory::GuestMem,
-    rate_limiter::RateLimiter,
-};
+use crate::{DeviceError, DeviceQueue, buffers::GuestBuffers, rate_limiter::RateLimiter};
 
 /// Why sending stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,20 +32,13 @@ enum Sent {
 /// The sending half of an active card.
 #[derive(Debug)]
 pub(super) struct Sender {
-    mem: GuestMem,
-    pub(super) queue: Queue,
+    pub(super) queue: DeviceQueue,
     allowed: Offloads,
-    /// The used index at the last look at whether to interrupt.
-    looked_at: u16,
-}
-
-fn ring(source: virtio_queue::Error) -> DeviceError {
-    DeviceError::Ring { queue: TX, source }
 }
 
 impl Sender {
-    pub(super) fn new(mem: GuestMem, queue: Queue, allowed: Offloads) -> Self {
-        Self { looked_at: queue.next_used(), mem, queue, allowed }
+    pub(super) fn new(queue: DeviceQueue, allowed: Offloads) -> Self {
+        Self { queue, allowed }
     }
 
     /// Sends frames until something keeps it from going on.
@@ -64,38 +48,31 @@ impl Sender {
         limiter: &mut RateLimiter,
         metrics: &NetMetrics,
     ) -> Result<Pause, DeviceError> {
-        let mem: &GuestMemoryMmap<()> = &self.mem.clone();
         let mut turns = self.queue.size();
-        let mut frame = GuestBuffers::new(self.mem.clone());
-        let mut writable = GuestBuffers::new(self.mem.clone());
         loop {
-            self.queue.disable_notification(mem).map_err(ring)?;
+            self.queue.disable_notification()?;
             while turns > 0 {
-                let Some(chain) = pop_chain(&mut self.queue, mem).map_err(ring)? else {
+                let Some(chain) = self.queue.pop()? else {
                     break;
                 };
                 turns -= 1;
-                let head = chain.head_index();
-                frame.clear();
-                writable.clear();
-                GuestBuffers::append_chain(chain, &mut frame, &mut writable)
-                    .map_err(|error| DeviceError::Driver { queue: TX, what: error.what() })?;
+                let (head, mut frame, _) = chain.into_buffers()?;
                 let bytes = frame.len().saturating_sub(HEADER) as u64;
                 if !limiter.admit(bytes).map_err(DeviceError::Backend)? {
                     metrics.tx_throttled.inc();
-                    self.put_back();
+                    self.queue.undo_pop(head);
                     return Ok(Pause::Limited);
                 }
                 if let Sent::NoRoom = self.send_one(&mut frame, backend, metrics) {
-                    self.put_back();
+                    self.queue.undo_pop(head);
                     return Ok(Pause::NoRoom);
                 }
-                self.queue.add_used(mem, head, 0).map_err(ring)?;
+                self.queue.complete(head, 0)?;
             }
             if turns == 0 {
                 return Ok(Pause::Turn);
             }
-            if !self.queue.enable_notification(mem).map_err(ring)? {
+            if !self.queue.enable_notification()? {
                 return Ok(Pause::NoFrame);
             }
         }
@@ -126,16 +103,5 @@ impl Sender {
                 }
             }
         }
-    }
-
-    /// Whether to interrupt the driver for what was sent since the last call.
-    pub(super) fn needs_interrupt(&mut self) -> Result<bool, DeviceError> {
-        let used = self.queue.next_used();
-        let news = std::mem::replace(&mut self.looked_at, used) != used;
-        Ok(news && self.queue.needs_notification(&*self.mem).map_err(ring)?)
-    }
-
-    fn put_back(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 }

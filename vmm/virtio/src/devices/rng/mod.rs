@@ -21,7 +21,6 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::{
     epoll::EventSet,
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
@@ -29,9 +28,8 @@ use vmm_sys_util::{
 
 use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Drained, Interrupt, PollSource,
-    SavedQueue, VirtioDevice,
-    memory::GuestMem,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Drained, PollSource,
+    VirtioDevice,
     rate_limiter::{RateLimitError, RateLimiter},
 };
 
@@ -77,19 +75,13 @@ impl Entropy for HostEntropy {
     }
 }
 
-struct Active {
-    mem: GuestMem,
-    queue: Queue,
-    interrupt: Arc<dyn Interrupt>,
-}
-
 /// The device.
 pub struct Rng<E = HostEntropy> {
     config: RngConfig,
     entropy: E,
     limiter: RateLimiter,
     again: EventFd,
-    active: Option<Active>,
+    active: Option<DeviceQueue>,
     metrics: Arc<RngMetrics>,
 }
 
@@ -130,10 +122,10 @@ impl<E: Entropy> Rng<E> {
     }
 
     fn work(&mut self) -> Result<(), DeviceError> {
-        let Some(Active { mem, queue, interrupt }) = &mut self.active else { return Ok(()) };
+        let Some(queue) = &mut self.active else { return Ok(()) };
         let mut source =
             queue::Source { entropy: &mut self.entropy, limiter: &mut self.limiter, metrics: &self.metrics };
-        if source.serve(queue, mem, &**interrupt)? == Drained::NotAll && !self.limiter.is_blocked() {
+        if source.serve(queue)? == Drained::NotAll && !self.limiter.is_blocked() {
             self.again.write(1).map_err(DeviceError::Backend)?;
         }
         Ok(())
@@ -158,15 +150,8 @@ impl<E: Entropy> VirtioDevice for Rng<E> {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { mem, queues, interrupt, .. } = activation;
-        let got = queues.len();
-        let Ok([queue]) = <[Queue; 1]>::try_from(queues) else {
-            return Err(ActivateError::QueueCount { expected: 1, got });
-        };
-        if !queue.ready() {
-            return Err(ActivateError::QueueDisabled(0));
-        }
-        self.active = Some(Active { mem, queue, interrupt });
+        let [queue] = activation.into_queues(1)?;
+        self.active = Some(queue);
         Ok(())
     }
 
@@ -197,7 +182,7 @@ impl<E: Entropy> VirtioDevice for Rng<E> {
     fn save(&mut self) -> Result<DeviceState, DeviceError> {
         Ok(DeviceState::Rng(RngState {
             config: self.config,
-            queues: self.active.iter().map(|active| SavedQueue::from(&active.queue)).collect(),
+            queues: self.active.iter().map(DeviceQueue::state).collect(),
         }))
     }
 

@@ -1,9 +1,13 @@
 use caisson_vmm_api::devices::{Bucket, RateLimits, RngConfig};
 use proptest::prelude::*;
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{Rng, *};
-use crate::mock::{Buffer, CountingInterrupt, MockQueue};
+use crate::{
+    memory::GuestMem,
+    mock::{Buffer, CountingInterrupt, MockQueue},
+};
 
 const BUFFER: u64 = 0x8000;
 
@@ -60,7 +64,7 @@ impl<E: Entropy> Bench<E> {
 }
 
 fn activation(mem: &GuestMem, queue: Queue, interrupt: &Arc<CountingInterrupt>) -> Activation {
-    Activation { mem: mem.clone(), queues: vec![queue], features: 0, interrupt: interrupt.clone() }
+    Activation::new(mem.clone(), vec![queue], 0, interrupt.clone())
 }
 
 fn limited(bytes: u64, refill_ms: u64) -> RngConfig {

@@ -52,7 +52,6 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 
 use self::{
@@ -61,7 +60,7 @@ use self::{
 };
 use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, PollSource, SavedQueue, VirtioDevice,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, VirtioDevice,
 };
 
 /// VIRTIO_VSOCK_F_STREAM: stream sockets are supported.
@@ -184,19 +183,9 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { mem, queues, features, interrupt } = activation;
-        let got = queues.len();
-        let mut queues: [_; 3] =
-            queues.try_into().map_err(|_| ActivateError::QueueCount { expected: QUEUE_SIZES.len(), got })?;
-        for (index, queue) in queues.iter_mut().enumerate() {
-            if !queue.ready() && index != EVENT {
-                return Err(ActivateError::QueueDisabled(index));
-            }
-            queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        }
-        let has_events = queues[EVENT].ready();
-        let mut active = Queues::new(mem, queues, interrupt, self.metrics.clone());
-        if std::mem::take(&mut self.restored) && has_events {
+        // The last one, for events, may stay disabled.
+        let mut active = Queues::new(activation.into_queues(EVENT)?, self.metrics.clone());
+        if std::mem::take(&mut self.restored) && active.queues[EVENT].is_ready() {
             active.reset_transport(self.muxer.timeouts().transport_reset);
         }
         self.active = Some(active);
@@ -224,7 +213,7 @@ impl VirtioDevice for Vsock {
 
     fn save(&mut self) -> Result<DeviceState, DeviceError> {
         // Nothing is ever in flight between two calls, and the connections stay with this machine.
-        let queues = self.active.iter().flat_map(|active| &active.queues).map(SavedQueue::from).collect();
+        let queues = self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect();
         Ok(DeviceState::Vsock(VsockState { queues }))
     }
 

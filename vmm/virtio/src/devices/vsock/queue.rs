@@ -1,23 +1,16 @@
 //! What happens to descriptor chains: packets from the guest, packets to it, and events for it.
 
 use std::{
-    num::Wrapping,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, Instant},
 };
-
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::{
     metrics::VsockMetrics,
     muxer::Muxer,
     packet::{HEADER_LEN, Header},
 };
-use crate::{
-    DeviceError, Interrupt,
-    buffers::{ChainError, GuestBuffers, pop_chain},
-    memory::GuestMem,
-};
+use crate::{DeviceError, DeviceQueue};
 
 /// The queue with buffers for packets to the guest.
 pub(super) const RX: usize = 0;
@@ -52,26 +45,19 @@ pub(super) enum Progress {
 #[derive(Clone, Copy, Debug)]
 enum TransportReset {
     Due { until: Instant },
-    Sent { available: Wrapping<u16>, until: Instant },
+    Sent { available: u16, until: Instant },
 }
 
 /// The queues of an active device.
 pub(super) struct Queues {
-    pub(super) mem: GuestMem,
-    pub(super) queues: [Queue; 3],
-    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) queues: [DeviceQueue; 3],
     pub(super) metrics: Arc<VsockMetrics>,
     transport_reset: Option<TransportReset>,
 }
 
 impl Queues {
-    pub(super) fn new(
-        mem: GuestMem,
-        queues: [Queue; 3],
-        interrupt: Arc<dyn Interrupt>,
-        metrics: Arc<VsockMetrics>,
-    ) -> Self {
-        Self { mem, queues, interrupt, metrics, transport_reset: None }
+    pub(super) fn new(queues: [DeviceQueue; 3], metrics: Arc<VsockMetrics>) -> Self {
+        Self { queues, metrics, transport_reset: None }
     }
 
     /// Tells the guest to forget its connections, and holds back new ones until it has, for `wait` at most.
@@ -93,11 +79,11 @@ impl Queues {
             TransportReset::Due { until } => {
                 if let Some(available) = self.send_event()? {
                     self.transport_reset = Some(TransportReset::Sent { available, until });
-                    self.finish(EVENT)?;
+                    self.queues[EVENT].kick()?;
                 }
             }
             TransportReset::Sent { available, .. } => {
-                let now = self.queues[EVENT].avail_idx(&*self.mem, Ordering::Acquire).map_err(ring(EVENT))?;
+                let now = self.queues[EVENT].available_index()?;
                 if now != available {
                     self.transport_reset = None;
                 }
@@ -111,56 +97,46 @@ impl Queues {
     }
 
     /// Returns the available index as of the event, or `None` when there is no buffer for it.
-    fn send_event(&mut self) -> Result<Option<Wrapping<u16>>, DeviceError> {
+    fn send_event(&mut self) -> Result<Option<u16>, DeviceError> {
         let queue = &mut self.queues[EVENT];
-        let available = queue.avail_idx(&*self.mem, Ordering::Acquire).map_err(ring(EVENT))?;
+        let available = queue.available_index()?;
         // Returning a buffer must be heard of.
-        queue.enable_notification(&*self.mem).map_err(ring(EVENT))?;
-        let Some(chain) = pop_chain(queue, &self.mem).map_err(ring(EVENT))? else { return Ok(None) };
-        let head = chain.head_index();
-        let (mut readable, mut writable) =
-            (GuestBuffers::new(self.mem.clone()), GuestBuffers::new(self.mem.clone()));
-        GuestBuffers::append_chain(chain, &mut readable, &mut writable).map_err(driver(EVENT))?;
+        queue.enable_notification()?;
+        let Some(chain) = queue.pop()? else { return Ok(None) };
+        let (head, _, writable) = chain.into_buffers()?;
         if writable.copy_from(0, &TRANSPORT_RESET) < TRANSPORT_RESET.len() {
-            return Err(DeviceError::Driver { queue: EVENT, what: "event buffer too short" });
+            return Err(queue.driver_error("event buffer too short"));
         }
-        queue.add_used(&*self.mem, head, 4).map_err(ring(EVENT))?;
+        queue.complete(head, 4)?;
         Ok(Some(available))
     }
 
     /// Takes in packets from the guest.
     pub(super) fn transmit(&mut self, muxer: &mut Muxer) -> Result<Progress, DeviceError> {
+        let queue = &mut self.queues[TX];
         let mut progress = Progress::More;
-        let mut used = false;
         for _ in 0..BUDGET {
             if !muxer.takes_packets() {
                 progress = Progress::Blocked;
                 break;
             }
-            let queue = &mut self.queues[TX];
-            let Some(chain) = pop_chain(queue, &self.mem).map_err(ring(TX))? else {
-                if queue.enable_notification(&*self.mem).map_err(ring(TX))? {
+            let Some(chain) = queue.pop()? else {
+                if queue.enable_notification()? {
                     continue;
                 }
                 progress = Progress::Idle;
                 break;
             };
-            let head = chain.head_index();
-            let (mut packet, mut writable) =
-                (GuestBuffers::new(self.mem.clone()), GuestBuffers::new(self.mem.clone()));
-            GuestBuffers::append_chain(chain, &mut packet, &mut writable).map_err(driver(TX))?;
+            let (head, mut packet, _) = chain.into_buffers()?;
             let mut header = [0; HEADER_LEN];
             if packet.copy_to(0, &mut header) < HEADER_LEN {
-                return Err(DeviceError::Driver { queue: TX, what: "packet without a whole header" });
+                return Err(queue.driver_error("packet without a whole header"));
             }
             packet.advance(HEADER_LEN);
             muxer.receive(&Header::decode(&header), packet);
-            self.queues[TX].add_used(&*self.mem, head, 0).map_err(ring(TX))?;
-            used = true;
+            queue.complete(head, 0)?;
         }
-        if used {
-            self.finish(TX)?;
-        }
+        queue.kick()?;
         Ok(progress)
     }
 
@@ -169,62 +145,38 @@ impl Queues {
         if self.transport_reset.is_some() {
             return Ok(Progress::Blocked);
         }
+        let queue = &mut self.queues[RX];
         let mut progress = Progress::More;
-        let mut used = false;
         for _ in 0..BUDGET {
             if !muxer.has_packets() {
                 progress = Progress::Idle;
                 break;
             }
-            let queue = &mut self.queues[RX];
-            let Some(chain) = pop_chain(queue, &self.mem).map_err(ring(RX))? else {
-                if queue.enable_notification(&*self.mem).map_err(ring(RX))? {
+            let Some(chain) = queue.pop()? else {
+                if queue.enable_notification()? {
                     continue;
                 }
                 self.metrics.rx_starved.inc();
                 progress = Progress::Blocked;
                 break;
             };
-            let head = chain.head_index();
-            let (mut readable, mut room) =
-                (GuestBuffers::new(self.mem.clone()), GuestBuffers::new(self.mem.clone()));
-            GuestBuffers::append_chain(chain, &mut readable, &mut room).map_err(driver(RX))?;
+            let (head, _, mut room) = chain.into_buffers()?;
             if room.len() < HEADER_LEN {
-                return Err(DeviceError::Driver { queue: RX, what: "buffer too short for a header" });
+                return Err(queue.driver_error("buffer too short for a header"));
             }
             let mut payload = room.split_off(HEADER_LEN);
             let packet = muxer
                 .next_packet(&mut payload)
-                .map_err(|_| DeviceError::Driver { queue: RX, what: "buffer with no room for data" })?;
+                .map_err(|_| queue.driver_error("buffer with no room for data"))?;
             let Some(header) = packet else {
-                self.queues[RX].go_to_previous_position();
+                queue.undo_pop(head);
                 progress = Progress::Idle;
                 break;
             };
             room.copy_from(0, &header.encode());
-            self.queues[RX].add_used(&*self.mem, head, header.packet_len()).map_err(ring(RX))?;
-            used = true;
+            queue.complete(head, header.packet_len())?;
         }
-        if used {
-            self.finish(RX)?;
-        }
+        queue.kick()?;
         Ok(progress)
     }
-
-    /// Interrupts the guest for what was used, if it asked for that.
-    fn finish(&mut self, index: usize) -> Result<(), DeviceError> {
-        let Some(queue) = self.queues.get_mut(index) else { return Ok(()) };
-        if queue.needs_notification(&*self.mem).map_err(ring(index))? {
-            self.interrupt.signal_queue(index);
-        }
-        Ok(())
-    }
-}
-
-fn ring(queue: usize) -> impl Fn(virtio_queue::Error) -> DeviceError {
-    move |source| DeviceError::Ring { queue, source }
-}
-
-fn driver(queue: usize) -> impl Fn(ChainError) -> DeviceError {
-    move |error| DeviceError::Driver { queue, what: error.what() }
 }

@@ -94,7 +94,7 @@ impl Bench {
     pub(super) fn activate(&mut self) -> Result<(), ActivateError> {
         let queues = self.queues.iter().map(MockQueue::device_side).collect();
         let (mem, interrupt) = (self.mem.clone(), self.interrupt.clone());
-        self.fs.activate(Activation { mem, queues, features: 1 << VIRTIO_F_VERSION_1, interrupt })
+        self.fs.activate(Activation::new(mem, queues, 1 << VIRTIO_F_VERSION_1, interrupt))
     }
 
     pub(super) fn init(&mut self) -> Answer {

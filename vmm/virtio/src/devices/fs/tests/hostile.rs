@@ -228,7 +228,10 @@ fn short_and_shapeless_chains_are_only_given_back() {
 fn a_broken_ring_ends_the_device() {
     let mut bench = Bench::new();
     bench.queues[1].set_available(5_000);
-    assert!(matches!(bench.fs.process(DeviceEvent::Queue(1)), Err(DeviceError::Ring { queue: 1, .. })));
+    assert!(matches!(
+        bench.fs.process(DeviceEvent::Queue(1)),
+        Err(DeviceError::AvailableIndex { queue: 1, .. })
+    ));
     bench.fs.reset();
     bench.queues = [MockQueue::new(&bench.mem, 0, QUEUE), MockQueue::new(&bench.mem, 0x4000, QUEUE)];
     bench.activate().unwrap();
@@ -244,7 +247,7 @@ fn an_entry_that_was_given_back_may_be_used_at_once() {
         active.begin(1, QUEUE).unwrap();
     }
     assert!(matches!(active.begin(1, QUEUE), Err(DeviceError::Driver { queue: 1, .. })));
-    active.complete(1, 0, 0).unwrap();
+    active.complete(1, Head::restored(0), 0).unwrap();
     active.begin(1, QUEUE).unwrap();
     assert!(active.begin(1, QUEUE).is_err());
     assert_eq!(lock(&active.in_flight).jobs, usize::from(QUEUE) + 1, "none of them has ended");

@@ -114,7 +114,7 @@ impl Guest {
     pub(super) fn activate(&mut self, queues: Vec<virtio_queue::Queue>) {
         let features = self.device.features() & !(1 << VIRTIO_RING_F_EVENT_IDX);
         let interrupt = self.interrupt.clone();
-        self.device.activate(Activation { mem: self.mem.clone(), queues, features, interrupt }).unwrap();
+        self.device.activate(Activation::new(self.mem.clone(), queues, features, interrupt)).unwrap();
     }
 
     /// The same guest on a restored device.

@@ -119,7 +119,7 @@ fn resets_are_bounded_and_none_is_lost() {
 fn broken_rings_end_the_device() {
     let mut guest = Guest::new();
     guest.tx.set_available(1000);
-    assert!(matches!(guest.try_run(), Err(DeviceError::Ring { queue: 1, .. })));
+    assert!(matches!(guest.try_run(), Err(DeviceError::AvailableIndex { queue: 1, .. })));
 
     let mut guest = Guest::new();
     guest.tx.add(&[Buffer::readable(0x1000, 43)]);
