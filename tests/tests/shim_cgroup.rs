@@ -40,7 +40,12 @@ fn all_are_in(directories: &[PathBuf]) -> Result<()> {
     }
     for (name, pid) in processes {
         for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let groups = cgroups::of(&thread?.path())?;
+            let thread = thread?.path();
+            let groups = match cgroups::of(&thread) {
+                // A thread of a pool may end at any time.
+                Err(_) if !thread.exists() => continue,
+                groups => groups?,
+            };
             let is_in = |directory: &&PathBuf| groups.iter().any(|group| group.starts_with(directory));
             let outside: Vec<_> = directories.iter().filter(|directory| !is_in(directory)).collect();
             ensure!(outside.is_empty(), "a thread of {name} is in {groups:?}, and not in {outside:?}");
