@@ -1,12 +1,17 @@
 //! The machine's memory and what backs each part of it.
 
-use std::{fs::File, io, os::unix::fs::MetadataExt, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
+    sync::Arc,
+};
 
 use caisson_vmm_api::config::{Backing, HugePages, MAX_MEMORY};
 use serde::{Deserialize, Serialize};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
-    mmap::MmapRegionBuilder,
+    FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, MmapRegion, mmap::MmapRegionBuilder,
 };
 
 use super::{GuestMem, discard::Split, layout};
@@ -57,6 +62,15 @@ pub enum RamError {
     /// A size that the address space does not hold.
     #[error("{0} bytes of guest memory do not fit the address space")]
     TooLarge(u64),
+    /// The host would not map a part of the memory file.
+    #[error("mapping {len} bytes of the memory file")]
+    MapFile {
+        /// How long the part is.
+        len: u64,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
     /// A memory file of another length.
     #[error("the memory file has {got} bytes, the memory {expected}")]
     FileLength {
@@ -103,7 +117,7 @@ impl Range {
 pub struct GuestRam {
     mem: GuestMem,
     config: RamConfig,
-    /// Where a file is mapped, privately.
+    /// Where a file is mapped, privately: in ascending order.
     file_parts: Vec<Range>,
     /// The device and the inode of that file.
     backed_by: Option<(u64, u64)>,
@@ -130,7 +144,8 @@ impl GuestRam {
     }
 
     /// Maps memory that was saved to `file`, privately. The file must never change while the memory is in
-    /// use.
+    /// use. Where it has no data the memory is anonymous: a page of a hole would be allocated in the host's page cache
+    /// before the guest gets a copy of it.
     ///
     /// # Errors
     /// When the sizes are impossible, the file has another length than the memory, or the host refuses.
@@ -144,23 +159,20 @@ impl GuestRam {
         if got != expected {
             return Err(RamError::FileLength { expected, got });
         }
-        let file = Arc::new(file);
+        // What it was backed by before it was saved no longer matters.
+        let config = RamConfig { backing: Backing::Anonymous, huge_pages: HugePages::Off, ..config };
         let (mut regions, mut file_parts, mut offset) = (Vec::new(), Vec::new(), 0);
         for (start, len) in parts {
-            let size = usize::try_from(len).map_err(|_| RamError::TooLarge(len))?;
-            let mapping = MmapRegionBuilder::new(size)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-                .build()
-                .map_err(|source| RamError::Map { size: len, source })?;
-            regions.push(GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(RamError::TooLarge(len))?);
-            file_parts.push(Range { start, len });
+            let region = region(start, len, &config)?;
+            for data in data_extents(&file, offset, len).map_err(RamError::Memfd)? {
+                show_file(&region, data.start - offset, &file, data)
+                    .map_err(|source| RamError::MapFile { len: data.len, source })?;
+                file_parts.push(Range { start: start + (data.start - offset), len: data.len });
+            }
+            regions.push(region);
             offset += len;
         }
         let mem = GuestMemoryMmap::from_regions(regions).map_err(RamError::Layout)?;
-        // What it was backed by before it was saved no longer matters.
-        let config = RamConfig { backing: Backing::Anonymous, huge_pages: HugePages::Off, ..config };
         Ok(Self { mem: Arc::new(mem), config, file_parts, backed_by, split: Split::default() })
     }
 
@@ -222,8 +234,14 @@ impl GuestRam {
         Ok((metadata.dev(), metadata.ino()) == backed_by)
     }
 
+    #[cfg(test)]
+    pub(super) fn file_parts(&self) -> &[Range] {
+        &self.file_parts
+    }
+
     pub(super) fn shows_file(&self, start: u64, len: u64) -> bool {
-        self.file_parts.iter().any(|part| part.overlaps(start, len))
+        let behind = self.file_parts.partition_point(|part| part.start.saturating_add(part.len) <= start);
+        self.file_parts.get(behind).is_some_and(|part| part.overlaps(start, len))
     }
 }
 
@@ -243,6 +261,53 @@ fn region(start: u64, len: u64, config: &RamConfig) -> Result<GuestRegionMmap<()
         advise_huge(&mapping).map_err(RamError::HugePages)?;
     }
     GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(RamError::TooLarge(len))
+}
+
+/// Holes of a memory file that are no longer than this are mapped with the data around them: each mapping costs the host's
+/// kernel time and memory.
+const SHORT_HOLE: u64 = 64 << 10;
+
+/// Where a part of a file has data: whole pages, in ascending order.
+fn data_extents(file: &File, start: u64, len: u64) -> io::Result<Vec<Range>> {
+    use nix::unistd::{Whence, lseek};
+    let seek = |position: u64, whence| match lseek(file, position.cast_signed(), whence) {
+        Ok(found) => Ok(Some(found.cast_unsigned())),
+        // Nothing of the kind up to the file's end.
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
+        Err(errno) => Err(io::Error::from(errno)),
+    };
+    let end = start.saturating_add(len);
+    let mut extents: Vec<Range> = Vec::new();
+    let mut position = start;
+    while position < end {
+        let Some(data) = seek(position, Whence::SeekData)?.filter(|data| *data < end) else { break };
+        let hole = seek(data, Whence::SeekHole)?.unwrap_or(end).min(end);
+        let data = data / layout::PAGE_SIZE * layout::PAGE_SIZE;
+        let until = hole.next_multiple_of(layout::PAGE_SIZE).min(end);
+        match extents.last_mut() {
+            Some(last) if data.saturating_sub(last.start + last.len) <= SHORT_HOLE => {
+                last.len = until - last.start
+            }
+            _ => extents.push(Range { start: data, len: until - data }),
+        }
+        position = hole.max(data + layout::PAGE_SIZE);
+    }
+    Ok(extents)
+}
+
+/// Maps `data` of the file at an offset in a region, in place of anonymous memory.
+fn show_file(region: &GuestRegionMmap<()>, offset: u64, file: &File, data: Range) -> io::Result<()> {
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let inside = offset.checked_add(data.len).is_some_and(|end| end <= region.len());
+    let host = region.get_host_address(MemoryRegionAddress(offset)).map_err(|_| outside())?;
+    let len = usize::try_from(data.len).ok().filter(|_| inside).ok_or_else(outside)?;
+    let at = libc::off_t::try_from(data.start).map_err(|_| outside())?;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: the range lies inside this region's mapping, so nothing else is replaced, and the new mapping grants the same
+    // access. The file is not written to while it is mapped, as the caller has been told.
+    let mapped = unsafe { libc::mmap(host.cast(), len, prot, flags, file.as_raw_fd(), at) };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Asks for huge pages, on a host whose kernel has them.

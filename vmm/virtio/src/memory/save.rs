@@ -136,6 +136,37 @@ mod tests {
     }
 
     #[test]
+    fn memory_of_holes_is_anonymous_and_that_of_data_the_files() {
+        const MIB: u64 = 1 << 20;
+        let split = RamConfig { hotplug: 128 * MIB, ..config(Backing::Anonymous) };
+        let ram = GuestRam::new(split).unwrap();
+        let window = ram.hotplug_range().unwrap().start;
+        // Two pages that are mapped as one piece, as little is between them; one far off; the last; and plugged memory.
+        let written = [0, 0x8000, 3 * MIB, 8 * MIB - 4096, window + MIB];
+        for (byte, addr) in (1u8..).zip(written) {
+            ram.mem().write_slice(&[byte; 4096], GuestAddress(addr)).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        ram.save(&file).unwrap();
+        let restored = GuestRam::from_file(split, file).unwrap();
+        assert_eq!(restored.file_parts().len(), 4, "{:?}", restored.file_parts());
+        for (byte, addr) in (1u8..).zip(written) {
+            assert_eq!(
+                (self::byte(&restored, addr), self::byte(&restored, addr + 4095)),
+                (byte, byte),
+                "{addr:#x}"
+            );
+            assert!(restored.shows_file(addr, 4096), "{addr:#x}");
+            restored.discard(GuestAddress(addr), 4096).unwrap();
+            assert_eq!(self::byte(&restored, addr), 0, "{addr:#x}");
+        }
+        for hole in [0x4000, MIB, 5 * MIB, window] {
+            assert_eq!(byte(&restored, hole), 0, "{hole:#x}");
+        }
+        assert!(!restored.shows_file(MIB, MIB) && !restored.shows_file(window, MIB));
+    }
+
+    #[test]
     fn memory_comes_back_and_what_is_zero_takes_no_space() {
         use std::os::unix::fs::MetadataExt;
         for backing in [Backing::Anonymous, Backing::Memfd] {
