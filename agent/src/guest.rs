@@ -2,6 +2,7 @@
 
 pub mod devices;
 pub mod identity;
+pub mod memory;
 pub mod processors;
 
 use std::fmt::Display;

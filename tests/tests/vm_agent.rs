@@ -97,6 +97,7 @@ async fn clones_of_one_guest_never_draw_the_same() -> Result<()> {
             realtime_ns: i64::try_from(now.as_nanos())?,
             hostname: format!("clone-{number}"),
             machine_id: String::new(),
+            slots: Vec::new(),
         };
         let told = vm.client.machine().after_restore(request).await?.into_inner();
         let pod = vm.pod().await?;

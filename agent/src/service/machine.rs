@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 
 use super::{Shared, blocking};
 use crate::clock;
-use crate::guest::{GuestError, devices, identity, processors};
+use crate::guest::{GuestError, devices, identity, memory, processors};
 use crate::state::State;
 
 #[derive(Clone)]
@@ -15,6 +15,15 @@ pub(super) struct Service(pub(super) Arc<Shared>);
 
 #[tonic::async_trait]
 impl machine_server::Machine for Service {
+    async fn before_snapshot(
+        &self,
+        _: Request<proto::BeforeSnapshotRequest>,
+    ) -> Result<Response<proto::BeforeSnapshotResponse>, Status> {
+        self.0.state.accepting()?;
+        blocking(memory::release_caches).await?;
+        Ok(Response::new(proto::BeforeSnapshotResponse {}))
+    }
+
     async fn after_restore(
         &self,
         request: Request<proto::AfterRestoreRequest>,
@@ -121,6 +130,9 @@ fn after_restore(
         identity::set_hostname(&request.hostname)?;
     }
     let machine_id = identity::set_machine_id(&request.machine_id)?;
+    for slot in &request.slots {
+        devices::plug(*slot)?;
+    }
     let epoch = state.renew_epoch().map_err(GuestError::file("read", "/dev/urandom"))?;
     Ok(proto::AfterRestoreResponse { machine_id, boot_id: identity::boot_id()?, epoch })
 }
