@@ -8,11 +8,11 @@ mod tree;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
 use caisson_protocol::limits::{MAX_ID, MAX_STORAGES};
-use caisson_protocol::v1::{Storage, StorageInfo, TreeEntry, storage::Source};
+use caisson_protocol::v1::{Part, Storage, StorageInfo, TreeEntry, storage::Source};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use thiserror::Error;
@@ -21,6 +21,12 @@ use crate::guest::GuestError;
 use crate::guest::devices;
 use crate::state::lock;
 use part::Missing;
+
+/// The mounts of this process's namespace.
+const MOUNTINFO: &str = "/proc/self/mountinfo";
+
+/// The most paths that are looked at again, for hosts that never remove them.
+const MAX_RELEASED: usize = 256;
 
 /// Why a storage can not be had, or not be taken away.
 #[derive(Debug, Error)]
@@ -77,6 +83,8 @@ impl StorageError {
 pub struct Storages {
     directory: PathBuf,
     mounted: Mutex<BTreeMap<String, Mounted>>,
+    /// Paths in shares that the host was to remove when they were last looked at.
+    released: Mutex<Vec<PathBuf>>,
 }
 
 #[derive(Debug)]
@@ -111,7 +119,7 @@ fn remove_point(path: &Path) -> io::Result<()> {
 impl Storages {
     /// No storages yet; their mount points will be under `root`.
     pub fn new(root: &Path) -> Storages {
-        Storages { directory: root.join("storage"), mounted: Mutex::default() }
+        Storages { directory: root.join("storage"), mounted: Mutex::default(), released: Mutex::default() }
     }
 
     /// Makes a storage; `owner` is a container's id, or empty. Returns its mount point, or the node of a disk that
@@ -220,6 +228,38 @@ impl Storages {
         result
     }
 
+    /// Unmounts what the kernel has mounted in these parts of shares, to show what the host has mounted there. It does so in
+    /// this namespace when something looks into them, and keeps such a file system with every name and inode that was ever
+    /// looked up in it, though the host has unmounted it: what the host serves stays open there.
+    ///
+    /// # Errors
+    /// [`StorageError::Invalid`] for a path that is none of a share's, [`StorageError::NotFound`], and
+    /// [`StorageError::Io`] when the table of mounts cannot be read.
+    pub fn release(&self, parts: &[Part]) -> Result<(), StorageError> {
+        let roots = parts.iter().map(|part| {
+            let inside = Path::new(&part.root).components().all(|name| matches!(name, Component::Normal(_)));
+            if part.root.is_empty() || !inside {
+                return Err(StorageError::invalid("released.root", &part.root));
+            }
+            Ok(self.path(&part.storage_id)?.join(&part.root))
+        });
+        let roots = roots.collect::<Result<Vec<_>, _>>()?;
+        let table = fs::read_to_string(MOUNTINFO).map_err(StorageError::io("list the mounts of", "share"))?;
+        for point in mount_points_in(&table, &roots) {
+            // With all that is below, which therefore may be gone already.
+            let _ = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        }
+        let mut released = lock(&self.released);
+        // The host removes these paths after this. The kernel forgets what was there when it is next looked for in vain.
+        released.retain(|path| {
+            !fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        });
+        released.extend(roots);
+        let surplus = released.len().saturating_sub(MAX_RELEASED);
+        released.drain(..surplus);
+        Ok(())
+    }
+
     /// Where a storage is.
     ///
     /// # Errors
@@ -269,6 +309,13 @@ impl Storages {
     }
 }
 
+/// The mount points of a table (proc_pid_mountinfo(5)) that are these paths, or below them. The host's shim names the
+/// outermost of them, without a character that the table would escape.
+fn mount_points_in<'a>(table: &'a str, roots: &[PathBuf]) -> impl Iterator<Item = &'a Path> {
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
+    points.filter(move |point| roots.iter().any(|root| point.starts_with(root)))
+}
+
 /// # Errors
 /// When `id` is not `[A-Za-z0-9_.-]{1,128}`, or is "." or "..".
 pub fn check_id(id: &str) -> Result<(), StorageError> {
@@ -282,6 +329,28 @@ pub fn check_id(id: &str) -> Result<(), StorageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn storage_release_is_of_what_is_mounted_in_a_part() {
+        let table = "21 1 0:19 / /proc rw - proc proc rw\n\
+                     30 1 0:30 / /run/storage/share rw - virtiofs share rw\n\
+                     31 30 0:31 / /run/storage/share/one/rootfs rw - virtiofs share rw\n\
+                     32 30 0:31 / /run/storage/share/volumes/1 rw - virtiofs share rw\n\
+                     33 30 0:32 / /run/storage/share/one-more/rootfs rw - virtiofs share rw\nshort line\n";
+        let roots = ["one", "volumes/1"].map(|root| Path::new("/run/storage/share").join(root));
+        let found: Vec<_> = mount_points_in(table, &roots).collect();
+        assert_eq!(
+            found,
+            ["one/rootfs", "volumes/1"].map(|point| Path::new("/run/storage/share").join(point))
+        );
+        let storages = Storages::new(Path::new("/nowhere"));
+        for root in ["", "/etc", "../share", "one/../.."] {
+            let part = Part { root: root.into(), ..Part::default() };
+            assert!(matches!(storages.release(&[part]), Err(StorageError::Invalid { .. })), "{root:?}");
+        }
+        let unknown = Part { storage_id: "share".into(), root: "one".into(), ..Part::default() };
+        assert!(matches!(storages.release(&[unknown]), Err(StorageError::NotFound(_))));
+    }
 
     #[test]
     fn there_are_so_many_storages() {

@@ -109,7 +109,8 @@ impl Pod {
     /// # Errors
     /// The agent's own.
     pub async fn remove(&self, id: &str) -> Result<()> {
-        let request = v1::RemoveContainerRequest { container_id: id.into(), force: true };
+        let request =
+            v1::RemoveContainerRequest { container_id: id.into(), force: true, released: Vec::new() };
         self.client.containers().remove_container(request).await?;
         Ok(())
     }

@@ -127,7 +127,8 @@ async fn what_can_not_be_done_has_its_code() -> Result<()> {
     };
     let wait =
         |container_id: &str| v1::WaitRequest { container_id: container_id.into(), ..Default::default() };
-    let remove = |id: &str, force| v1::RemoveContainerRequest { container_id: id.into(), force };
+    let remove =
+        |id: &str, force| v1::RemoveContainerRequest { container_id: id.into(), force, released: Vec::new() };
     let resize = |id: &str, width| v1::ResizeTerminalRequest {
         container_id: id.into(),
         width,

@@ -93,6 +93,8 @@ impl containers_server::Containers for Service {
         let (shared, request) = (self.0.clone(), request.into_inner());
         detached(async move {
             shared.remove_container(&request.container_id, request.force).await?;
+            let storages = shared.storages.clone();
+            blocking(move || storages.release(&request.released)).await?;
             Ok(proto::RemoveContainerResponse {})
         })
         .await

@@ -17,6 +17,7 @@ use super::size::PodSize;
 use super::spec::SandboxSpec;
 use super::volumes::Volumes;
 use crate::config::Config;
+use crate::id::Id;
 use crate::journal::Journal;
 use crate::log::one_line;
 use crate::machine::{Machine, Plan, SHARE_TAG};
@@ -204,6 +205,13 @@ impl Sandbox {
     /// A part of a directory in the share, from which no link leads.
     pub fn shared_part(&self, directory: &str, path: String) -> v1::Part {
         v1::Part { storage_id: SHARE.into(), root: directory.to_owned(), path, ..v1::Part::default() }
+    }
+
+    /// The parts of the share that a container alone has, for the guest to let go of.
+    pub fn only_of(&self, container: &Id) -> Vec<v1::Part> {
+        let paths = self.share.only_of(container);
+        let names = paths.iter().map(|path| path.to_string_lossy().into_owned());
+        names.map(|root| v1::Part { storage_id: SHARE.into(), root, ..v1::Part::default() }).collect()
     }
 
     /// Where the pod's shared memory is in the guest.

@@ -341,13 +341,19 @@ impl Share {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The paths in the share that a container alone has. No other container gets what is there from now on.
+    pub fn only_of(&self, container: &Id) -> Vec<PathBuf> {
+        let mut own = self.volumes().only_of(container);
+        own.push(container.as_str().into());
+        own
+    }
+
     /// Takes everything away that a container alone has. None of it need be there.
     ///
     /// # Errors
     /// When some of it remains, which the journal then still holds.
     pub fn remove(&self, journal: &mut Journal, container: &Id) -> Result<(), CleanError> {
-        let mut own = self.volumes().only_of(container);
-        own.push(container.as_str().into());
+        let own = self.only_of(container);
         let own: Vec<_> =
             own.iter().flat_map(|path| [self.writable.join(path), self.served.join(path)]).collect();
         journal.undo_where(|resource| match resource {

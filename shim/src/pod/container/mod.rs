@@ -473,7 +473,11 @@ impl Container {
         self.sandbox.size().await.release(&self.id);
         phases.done("size");
         if !self.sandbox.machine().has_ended() {
-            let request = v1::RemoveContainerRequest { container_id: self.id.clone(), force: true };
+            let request = v1::RemoveContainerRequest {
+                container_id: self.id.clone(),
+                force: true,
+                released: self.sandbox.only_of(&id),
+            };
             let mut containers = self.sandbox.containers();
             match self.answer(containers.remove_container(with_deadline(request, LONG))).await {
                 Err(error) if error.code() == Code::NotFound => {}
