@@ -61,6 +61,8 @@ pub enum Action {
     /// What `delete` does, in a process of its own.
     #[value(hide = true)]
     Undo,
+    /// Make the template that standard input describes, or without a description the one of a pod that asks for nothing.
+    Template,
 }
 
 impl Invocation {

@@ -10,6 +10,7 @@
 //! | [`id`] | containerd's identifiers, checked before they become file names |
 //! | [`bundle`] | which pod a container belongs to, from its bundle's `config.json` |
 //! | [`config`] | the node's configuration, and what a pod's annotations may change of it |
+//! | [`template`] | guests that were booted once, to be cloned for pods |
 //! | [`sizing`] | how many vCPUs and how much memory a pod's machine gets |
 //! | [`service`] | containerd's task and sandbox APIs on the shim's socket |
 //! | [`pod`] | the pod: its sandbox, containers and processes |
@@ -52,4 +53,5 @@ pub mod service;
 pub mod share;
 pub mod sizing;
 pub mod streams;
+pub mod template;
 pub mod wire;

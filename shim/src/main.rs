@@ -5,7 +5,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use caisson_shim::action::{delete, info, serve, start};
+use caisson_shim::action::{delete, info, serve, start, template};
 use caisson_shim::invocation::{Action, Invocation};
 use caisson_shim::log;
 
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Some(Action::Start) => start::run(&invocation),
         Some(Action::Delete) => delete::run(&invocation),
         Some(Action::Undo) => delete::undo(&invocation),
+        Some(Action::Template) => template::run(&invocation),
         None => serve::run(&invocation).map(|()| Vec::new()),
     };
     let printed = answered.and_then(|answer| {

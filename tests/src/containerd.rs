@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{cgroups, cri::Cri, ctr::Ctr, leaks};
+use crate::{cgroups, cri::Cri, ctr::Ctr, leaks, node::Product};
 
 /// The sandbox image of every pod. Our runtime answers for it and never runs it; runc does.
 pub const PAUSE_IMAGE: &str = "caisson.test/pause:1";
@@ -271,14 +271,37 @@ fn runtime_config(dir: &Path, products: Option<&Path>) -> Result<PathBuf> {
         let (kernel, initramfs) = (std::env::var("CAISSON_KERNEL"), std::env::var("CAISSON_INITRAMFS"));
         let text = format!(
             "[machine]\nvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\n\
-             [sizing]\ndefault_memory_mib = 128\n",
+             [sizing]\ndefault_memory_mib = 128\n\
+             [template]\nmode = \"{}\"\ndirectory = {:?}\n",
             products.join("caisson-vmm"),
             kernel.unwrap_or_default(),
             initramfs.unwrap_or_default(),
+            if from_templates()? { "prepared" } else { "off" },
+            dir.join("templates"),
         );
         fs::write(config.join("config.toml"), text)?;
     }
     Ok(config)
+}
+
+/// Whether pods that ask for nothing start from a template, as they do where Caisson is installed, or are booted, as
+/// everywhere else: both are tested.
+fn from_templates() -> Result<bool> {
+    Ok(version()? < (2, 0))
+}
+
+/// Makes the template of pods that ask for nothing, where they start from one.
+///
+/// # Errors
+/// When it is not made.
+pub fn prepare_template(dir: &Path) -> Result<()> {
+    if !from_templates()? {
+        return Ok(());
+    }
+    let mut command = Command::new(Product::Shim.path()?);
+    let made = crate::ctr::run(command.arg("template").env("CAISSON_CONFIG", dir.join("caisson")))?;
+    ensure!(made.code == 0, "making a template: {}", made.stderr);
+    Ok(())
 }
 
 /// containerd's version: major and minor.

@@ -21,6 +21,7 @@
 //! | [`pod_vm`] | the agent as PID 1 of a guest in our own VMM |
 //! | [`vsock`] | a guest of our own VMM that serves vsock ports |
 //! | [`cgroups`] | this machine's control groups, of either version |
+//! | [`templates`] | whether the pods of the machine under test start from templates |
 //! | [`leaks`] | what a machine holds (processes, mounts, cgroups, links…) and what came on top since |
 //!
 //! A test is an ordinary `#[test]` that says "run this on a machine with KVM and containerd". It fails, and does
@@ -44,5 +45,6 @@ pub mod pod_vm;
 pub mod record;
 pub mod streaming;
 pub mod tasks;
+pub mod templates;
 pub mod vmm;
 pub mod vsock;

@@ -46,6 +46,11 @@ impl Node {
         self.dir.join("containerd.sock")
     }
 
+    /// The directory of our runtime's configuration: `config.toml`, and `config.d` for what a test wants otherwise.
+    pub fn config_directory(&self) -> PathBuf {
+        self.dir.join("caisson")
+    }
+
     /// Has our shims that start from now on kill themselves after so many steps of their pod's record; `None`: not any
     /// more.
     ///

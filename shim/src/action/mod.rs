@@ -5,12 +5,14 @@
 //! | [`start`] | by containerd for each container: brings the pod's shim up, or finds it |
 //! | [`serve`] | by `start`: the shim itself, for the pod's life |
 //! | [`delete`] | by containerd when a shim is dead, or may be: removes what is left |
+//! | [`template`] | by a shim that found no template, or by an operator: makes one |
 //! | [`info`] | by whoever wants to know what this is |
 
 pub mod delete;
 pub mod info;
 pub mod serve;
 pub mod start;
+pub mod template;
 
 use std::io;
 use std::path::PathBuf;
@@ -23,6 +25,7 @@ use crate::id::{Id, IdError};
 use crate::invocation::Invocation;
 use crate::journal::UndoError;
 use crate::options::OptionsError;
+use crate::template::build::BuildError;
 
 /// Where shims of containerd listen.
 const SOCKETS: &str = "/run/containerd/s";
@@ -68,6 +71,9 @@ pub enum ActionError {
         /// What it said.
         said: String,
     },
+    /// The template was not made.
+    #[error("make a template")]
+    Template(#[from] BuildError),
     /// A message that can't be read or written.
     #[error("a message to or from containerd")]
     Message(#[from] containerd_shim_protos::protobuf::Error),

@@ -136,6 +136,16 @@ impl Cgroup {
     }
 }
 
+impl Layout {
+    /// Moves the calling process to the root of each hierarchy, out of whatever group it is in.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`] when the kernel refuses.
+    pub fn leave_for_root(&self) -> Result<(), CgroupError> {
+        self.hierarchies.iter().try_for_each(|hierarchy| enter(&hierarchy.root, 0))
+    }
+}
+
 fn enter(directory: &Path, pid: u32) -> Result<(), CgroupError> {
     let members = directory.join(MEMBERS);
     fs::write(&members, pid.to_string()).map_err(at("write to", &members))

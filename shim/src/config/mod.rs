@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::sizing::Policy;
@@ -26,8 +26,44 @@ pub struct Config {
     pub machine: Machine,
     /// How large machines are.
     pub sizing: Policy,
+    /// Whether and how pods start from templates.
+    pub template: Template,
     /// What pods may change.
     pub annotations: Annotations,
+}
+
+/// Starting from templates.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Template {
+    /// Whether pods do.
+    pub mode: TemplateMode,
+    /// Where templates are kept: root's, on a disk.
+    pub directory: PathBuf,
+    /// Between whose pods a template's memory is shared.
+    pub share: TemplateSharing,
+}
+
+/// Whether pods start from templates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateMode {
+    /// When there is one, and one is made when there is none.
+    Auto,
+    /// When there is one. None is made unless somebody asks for it.
+    Prepared,
+    /// Never: every pod boots.
+    Off,
+}
+
+/// Between whose pods the pages of a template are shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateSharing {
+    /// The pods of one Kubernetes namespace; without Kubernetes, of one containerd namespace.
+    Namespace,
+    /// All of the node's.
+    Node,
 }
 
 /// Where a pod's configuration is.
@@ -40,7 +76,7 @@ pub struct ConfigFiles {
 }
 
 /// What machines are made from: files of the node's.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
     /// The VMM's binary.
@@ -70,6 +106,9 @@ pub enum Annotation {
     /// Memory in MiB, where the pod has no limit.
     #[serde(rename = "caisson.dev/default-memory-mib")]
     DefaultMemoryMib,
+    /// Whether the pod may start from a template.
+    #[serde(rename = "caisson.dev/template")]
+    Template,
 }
 
 /// Why there is no configuration.
@@ -101,7 +140,7 @@ pub enum ConfigError {
     #[error("annotation {0:?} is not allowed by this node")]
     NotAllowed(String),
     /// An annotation whose value is none.
-    #[error("annotation {name:?}: {value:?} is not a number that makes sense here")]
+    #[error("annotation {name:?}: {value:?} is no value that makes sense here")]
     Value {
         /// The annotation.
         name: String,
@@ -149,6 +188,9 @@ impl Config {
                 Annotation::DefaultMemoryMib => {
                     self.sizing.default_memory_mib = value.parse().map_err(|_| wrong())?;
                 }
+                Annotation::Template => {
+                    self.template.mode = from_word(value).map_err(|_| wrong())?;
+                }
             }
             self.check().map_err(|_| wrong())?;
         }
@@ -169,10 +211,13 @@ impl Config {
 
 impl Annotation {
     fn from_name(name: &str) -> Option<Annotation> {
-        let name: serde::de::value::StrDeserializer<'_, serde::de::value::Error> =
-            serde::de::IntoDeserializer::into_deserializer(name);
-        Annotation::deserialize(name).ok()
+        from_word(name).ok()
     }
+}
+
+/// A value that a word stands for.
+fn from_word<'a, T: Deserialize<'a>>(word: &'a str) -> Result<T, serde::de::value::Error> {
+    T::deserialize(serde::de::IntoDeserializer::into_deserializer(word))
 }
 
 /// The files that there are, in the order in which they count.
@@ -299,6 +344,17 @@ mod tests {
         let refused = pod(&config, "caisson.dev/kernel", "/tmp/mine");
         assert!(matches!(refused, Err(ConfigError::UnknownAnnotation(_))));
         assert_eq!(pod(&config, "example.com/kernel", "x").unwrap(), config);
+    }
+
+    #[test]
+    fn template_mode_is_the_nodes_unless_it_lets_the_pod_choose() {
+        let config = read(&[]).unwrap();
+        assert_eq!(config.template.mode, TemplateMode::Auto);
+        assert!(matches!(pod(&config, "caisson.dev/template", "off"), Err(ConfigError::NotAllowed(_))));
+        let config = read(&[("config.toml", "annotations.allow = [\"caisson.dev/template\"]")]).unwrap();
+        assert_eq!(pod(&config, "caisson.dev/template", "off").unwrap().template.mode, TemplateMode::Off);
+        let wrong = pod(&config, "caisson.dev/template", "never");
+        assert!(matches!(wrong, Err(ConfigError::Value { .. })));
     }
 
     #[test]

@@ -3,17 +3,19 @@
 //! | module | does |
 //! |---|---|
 //! | `vmm` | starts the VMM's process in its jail, and tells it what to boot |
+//! | `clone` | makes a machine from a template; and a template from a machine |
 //! | `resize` | makes a machine that runs larger or smaller |
 //! | `console` | the guest's console, and what the VMM says: kept for errors, logged for those who look |
 //!
 //! The machine's end is seen at once, by the process's descriptor (pidfd_open(2)), whatever brought it about.
 
+mod clone;
 mod console;
 mod resize;
 mod vmm;
 
 use std::future::Future;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,9 +26,11 @@ use caisson_protocol::connect::UnixVsock;
 use caisson_protocol::v1;
 use caisson_vmm_api::control;
 use rustix::process::Signal;
+use tokio::process::Child;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
+use self::clone::CloneError;
 use self::console::Console;
 use crate::{
     config,
@@ -35,6 +39,7 @@ use crate::{
     phases::Phases,
     share::IdRange,
     sizing::Shape,
+    template::Template,
 };
 
 /// How long a guest may take until its agent answers.
@@ -59,8 +64,8 @@ pub struct Plan<'a> {
     pub programs: &'a config::Machine,
     /// Its size, and what it can become.
     pub shape: Shape,
-    /// The directory that it shares, on a mount with shared propagation.
-    pub share: PathBuf,
+    /// The directory that it shares, on a mount with shared propagation. None: it is to become a template.
+    pub share: Option<PathBuf>,
     /// The host ids that its process has to itself, as whose the share shows its files. None: they are the host's.
     pub ids: Option<IdRange>,
     /// Its network cards.
@@ -151,13 +156,51 @@ fn host(action: impl Into<String>) -> impl FnOnce(std::io::Error) -> MachineErro
 /// A machine that runs. Dropping it kills it.
 #[derive(Debug)]
 pub struct Machine {
-    pid: u32,
-    pidfd: OwnedFd,
+    process: Process,
     /// Held for the machine's life: a VMM without it would have nobody to take orders from.
     control: Arc<Mutex<Control>>,
     agent: Client<UnixVsock>,
-    ended: watch::Receiver<Option<ExitStatus>>,
     console: Console,
+}
+
+/// The VMM's process. Dropping it kills it.
+#[derive(Debug)]
+struct Process {
+    pid: u32,
+    pidfd: OwnedFd,
+    ended: watch::Receiver<Option<ExitStatus>>,
+}
+
+impl Process {
+    /// Watches a child, in a task of its own.
+    fn watch(mut child: Child, pid: u32, pidfd: OwnedFd) -> Process {
+        let (tell, ended) = watch::channel(None);
+        tokio::spawn(async move {
+            // Waiting for one's own child fails for no reason that could be acted on.
+            if let Ok(status) = child.wait().await {
+                tracing::info!(pid, %status, "the VMM has ended");
+                tell.send_replace(Some(status));
+            }
+        });
+        Process { pid, pidfd, ended }
+    }
+
+    fn kill(&self) {
+        // The only failure left is that it has ended.
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Returns once it has ended.
+    async fn ended(&self) {
+        // The other end goes only after it has told.
+        let _ = self.ended.clone().wait_for(Option::is_some).await;
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
 }
 
 /// Without `Debug` of its own.
@@ -169,7 +212,41 @@ impl std::fmt::Debug for Control {
     }
 }
 
+/// How a machine came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Its kernel was booted, in a machine of the plan's shape.
+    Boot,
+    /// It is a clone of the template, and has the template's shape.
+    Template,
+}
+
 impl Machine {
+    /// Makes a machine from a template, or boots one: without a template, and when this one cannot be cloned. The template
+    /// is discarded then.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot); and when the guest of a clone does not answer or refuses.
+    pub async fn start(
+        mut plan: Plan<'_>,
+        template: Option<Box<Template>>,
+        journal: &mut Journal,
+        phases: &mut Phases,
+    ) -> Result<(Machine, Origin), MachineError> {
+        if let Some(template) = template {
+            match Self::clone_from(&mut plan, template, journal, phases).await {
+                Err(CloneError::Template(error)) => {
+                    let error = crate::log::one_line(&error);
+                    tracing::warn!(error, "the template cannot be cloned and is discarded: the pod boots");
+                    vmm::forget(&plan)?;
+                }
+                Err(CloneError::Machine(error)) => return Err(error),
+                Ok(machine) => return Ok((machine, Origin::Template)),
+            }
+        }
+        Ok((Self::boot(plan, journal, phases).await?, Origin::Boot))
+    }
+
     /// Starts a VMM, boots a guest in it and waits for its agent.
     ///
     /// # Errors
@@ -180,40 +257,26 @@ impl Machine {
         phases: &mut Phases,
     ) -> Result<Machine, MachineError> {
         let console = Console::default();
-        let vmm::Started { mut child, pid, pidfd, mut client, listener } =
-            vmm::start(&plan, journal, &console)?;
-        let (tell, ended) = watch::channel(None);
-        tokio::spawn(async move {
-            // Waiting for one's own child fails for no reason that could be acted on.
-            if let Ok(status) = child.wait().await {
-                tracing::info!(pid, %status, "the VMM has ended");
-                tell.send_replace(Some(status));
-            }
-        });
-        let guard = KillOnDrop(&pidfd);
+        let vmm::Started { process, client, listener } = vmm::start(&plan, journal, &console)?;
         phases.done("vmm");
         let (config, files) = vmm::machine(&mut plan, listener, &console)?;
-        let created = tokio::task::spawn_blocking(move || {
-            let descriptors: Vec<_> = files.iter().map(std::os::fd::AsFd::as_fd).collect();
-            let result = client.create(config, &descriptors).and_then(|()| client.boot());
-            (client, result)
+        let made = drive(client, move |vmm| {
+            let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+            vmm.create(config, &descriptors).and_then(|()| vmm.boot())
         });
-        let (client, result) =
-            created.await.map_err(|error| host("drive the VMM")(std::io::Error::other(error)))?;
-        if let Err(source) = result {
+        let (client, made) = made.await?;
+        if let Err(source) = made {
             return Err(MachineError::Vmm { source, said: console.tail().await });
         }
         phases.done("machine");
-        let agent = find_agent(&plan.socket, ended.clone(), &console).await?;
+        let agent = find_agent(&plan.socket, process.ended.clone(), &console).await?;
         phases.done("guest");
-        std::mem::forget(guard);
-        let control = Arc::new(Mutex::new(Control(client)));
-        Ok(Machine { pid, pidfd, control, agent, ended, console })
+        Ok(Machine { process, control: Arc::new(Mutex::new(Control(client))), agent, console })
     }
 
     /// The VMM's process: the one of the pod's processes that the host knows.
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.process.pid
     }
 
     /// A client of the agent.
@@ -236,7 +299,7 @@ impl Machine {
         // The agent's own have no cause on this side.
         let broken = std::error::Error::source(&status).is_some();
         if broken && timeout(AGENT_GONE, self.ended()).await.is_ok() {
-            let status = self.ended.borrow().map_or_else(String::new, |status| status.to_string());
+            let status = self.process.ended.borrow().map_or_else(String::new, |status| status.to_string());
             return Err(MachineError::Gone { status, said: self.console.tail().await });
         }
         // That is what a deadline looks like that passes on this side.
@@ -268,18 +331,17 @@ impl Machine {
 
     /// Returns once the machine has ended, for whatever reason.
     pub async fn ended(&self) {
-        // The other end goes only after it has told.
-        let _ = self.ended.clone().wait_for(Option::is_some).await;
+        self.process.ended().await;
     }
 
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
-        self.ended.borrow().is_some()
+        self.process.ended.borrow().is_some()
     }
 
     /// Ends it now.
     pub fn kill(&self) {
-        kill(&self.pidfd);
+        self.process.kill();
     }
 
     /// Ends it in order: the guest writes out what it holds. One that takes too long is killed.
@@ -298,11 +360,11 @@ impl Machine {
         if asked.is_err() || timeout(SHUTDOWN, self.ended()).await.is_err() {
             self.kill();
             if timeout(GONE, self.ended()).await.is_err() {
-                tracing::error!(pid = self.pid, "the VMM survives SIGKILL");
+                tracing::error!(pid = self.pid(), "the VMM survives SIGKILL");
             }
         }
         phases.done("machine");
-        tracing::info!(pid = self.pid, %phases, "the machine is stopped");
+        tracing::info!(pid = self.pid(), %phases, "the machine is stopped");
     }
 }
 
@@ -321,23 +383,16 @@ pub async fn within<T>(
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn kill(pidfd: &OwnedFd) {
-    // The only failure left is that it has ended.
-    let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
-}
-
-struct KillOnDrop<'a>(&'a OwnedFd);
-
-impl Drop for KillOnDrop<'_> {
-    fn drop(&mut self) {
-        kill(self.0);
-    }
+/// Gives the VMM orders, on a thread that may wait for it.
+async fn drive<T: Send + 'static>(
+    mut client: control::Client,
+    order: impl FnOnce(&mut control::Client) -> Result<T, control::client::ClientError> + Send + 'static,
+) -> Result<(control::Client, Result<T, control::client::ClientError>), MachineError> {
+    let driven = tokio::task::spawn_blocking(move || {
+        let result = order(&mut client);
+        (client, result)
+    });
+    driven.await.map_err(|error| host("drive the VMM")(std::io::Error::other(error)))
 }
 
 async fn find_agent(

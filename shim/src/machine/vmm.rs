@@ -11,19 +11,23 @@ use caisson_vmm_api::{
         ConsoleConfig, CpuConfig, DeviceConfig, FileSource, FsDevice, KernelConfig, MachineConfig,
         MemoryConfig, NetDevice, VsockDevice,
     },
-    control,
+    control::{
+        self,
+        protocol::{RestoreCommand, RestoredDevice},
+    },
     devices::{FsConfig, NetConfig, VsockConfig},
     jail::JailConfig,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, PidfdFlags};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
 use super::console::{Console, Speaker};
-use super::{MachineError, Plan, SHARE_TAG, host};
+use super::{MachineError, Plan, Process, SHARE_TAG, host};
 use crate::{
     journal::{Journal, ProcessId, Resource},
     network::Card,
+    template::Template,
 };
 
 /// What every guest's kernel is told. With small units for its memory of each processor (`percpu_alloc`) a guest needs
@@ -36,6 +40,11 @@ const ANSWER: Duration = Duration::from_secs(30);
 const MEMORY_SLOT: u8 = 1;
 /// Slots that are empty at first, for what is plugged later.
 const EMPTY_SLOTS: u8 = 8;
+/// Slots of a template that are empty beside these: for the share and for network cards, each of which a machine that boots
+/// has a slot for.
+const TEMPLATE_SLOTS: u8 = 5;
+/// The slot of the socket device.
+pub(super) const VSOCK_SLOT: u8 = 2;
 /// The size of the guest's huge pages.
 const HUGE_PAGE_MIB: u64 = 2;
 /// The guest's context id. Each machine has a socket device of its own, so all may have the same.
@@ -43,9 +52,7 @@ const GUEST_CID: u32 = 3;
 
 /// A process in its jail, without a machine yet.
 pub(super) struct Started {
-    pub(super) child: Child,
-    pub(super) pid: u32,
-    pub(super) pidfd: OwnedFd,
+    pub(super) process: Process,
     pub(super) client: control::Client,
     pub(super) listener: UnixListener,
 }
@@ -83,8 +90,13 @@ pub(super) fn start(
         .ok_or(rustix::io::Errno::SRCH)
         .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
         .map_err(|errno| host("watch the VMM's process")(errno.into()))?;
-    let client = control::Client::new(ours);
-    Ok(Started { child, pid: pid.unsigned_abs(), pidfd, client, listener })
+    let process = Process::watch(child, pid.unsigned_abs(), pidfd);
+    Ok(Started { process, client: control::Client::new(ours), listener })
+}
+
+/// Makes room for another process in the place of one that has ended without a machine.
+pub(super) fn forget(plan: &Plan<'_>) -> Result<(), MachineError> {
+    fs::remove_file(&plan.socket).map_err(host("remove the guest's socket"))
 }
 
 /// The kernel's. Huge pages that a container maps are taken from free memory when it does: none are kept for it before.
@@ -94,7 +106,7 @@ fn command_line(memory_mib: u64, more: &str) -> String {
 }
 
 fn jail_file(plan: &Plan<'_>) -> Result<String, MachineError> {
-    let share = Some(plan.share.clone());
+    let share = plan.share.clone();
     let config = match plan.ids {
         Some(ids) => JailConfig {
             share,
@@ -122,35 +134,21 @@ pub(super) fn machine(
         open(&plan.programs.initramfs)?.into(),
         listener.into(),
     ];
-    let vsock = VsockDevice {
-        socket: FileSource::Descriptor(3),
-        dialer: None,
-        dialer_ports: Vec::new(),
-        options: VsockConfig { guest_cid: GUEST_CID },
-    };
-    let share = FsConfig { tag: SHARE_TAG.into(), ..FsConfig::default() };
     let shape = plan.shape;
     let mut devices = vec![
         DeviceConfig::Rng(Default::default()),
         // Gives back what the guest has freed.
         DeviceConfig::Balloon(Default::default()),
-        DeviceConfig::Vsock(vsock),
-        DeviceConfig::Fs(FsDevice { directory: None, options: share }),
+        socket_device(3),
     ];
-    // A tap device is gone with its last descriptor, which is to be the VMM's: none stays here.
-    for Card { interface, tap } in plan.cards.drain(..) {
-        let mac = interface.mac.0.try_into().map_err(|_| MachineError::Address(interface.name.clone()))?;
+    let mut empty_slots = MEMORY_SLOT + EMPTY_SLOTS;
+    if plan.share.is_none() {
+        empty_slots += TEMPLATE_SLOTS;
+    }
+    for (device, file) in pods_devices(plan)? {
         let number = u32::try_from(files.len()).unwrap_or(u32::MAX);
-        files.push(tap);
-        devices.push(DeviceConfig::Net(NetDevice {
-            tap: FileSource::Descriptor(number),
-            options: NetConfig {
-                mac,
-                mtu: u16::try_from(interface.mtu).ok(),
-                receive_limits: Default::default(),
-                send_limits: Default::default(),
-            },
-        }));
+        devices.push(device(FileSource::Descriptor(number)));
+        files.extend(file);
     }
     let config = MachineConfig {
         kernel: KernelConfig {
@@ -170,9 +168,62 @@ pub(super) fn machine(
         },
         cpus: CpuConfig { boot: shape.boot.vcpus, max: shape.max_vcpus },
         console: ConsoleConfig { output: Some(FileSource::Descriptor(0)), ..ConsoleConfig::default() },
-        slots: u8::try_from(devices.len()).unwrap_or(u8::MAX).saturating_add(MEMORY_SLOT + EMPTY_SLOTS),
+        slots: u8::try_from(devices.len()).unwrap_or(u8::MAX).saturating_add(empty_slots),
         control: Default::default(),
         devices,
     };
     Ok((config, files))
+}
+
+/// The device that the agent is reached by, on the file with this number.
+pub(super) fn socket_device(number: u32) -> DeviceConfig {
+    DeviceConfig::Vsock(VsockDevice {
+        socket: FileSource::Descriptor(number),
+        dialer: None,
+        dialer_ports: Vec::new(),
+        options: VsockConfig { guest_cid: GUEST_CID },
+    })
+}
+
+/// A device, once it is known where its file is.
+pub(super) type PodsDevice = (Box<dyn FnOnce(FileSource) -> DeviceConfig + Send>, Option<OwnedFd>);
+
+/// The devices that are a pod's own, each with the file that it needs: its share and its network cards. A tap device is
+/// gone with its last descriptor, which is to be the VMM's: none stays in the plan.
+pub(super) fn pods_devices(plan: &mut Plan<'_>) -> Result<Vec<PodsDevice>, MachineError> {
+    let mut devices: Vec<PodsDevice> = Vec::new();
+    if plan.share.is_some() {
+        let options = FsConfig { tag: SHARE_TAG.into(), ..FsConfig::default() };
+        devices.push((Box::new(|_| DeviceConfig::Fs(FsDevice { directory: None, options })), None));
+    }
+    for Card { interface, tap } in plan.cards.drain(..) {
+        let mac = interface.mac.0.try_into().map_err(|_| MachineError::Address(interface.name.clone()))?;
+        let options = NetConfig {
+            mac,
+            mtu: u16::try_from(interface.mtu).ok(),
+            receive_limits: Default::default(),
+            send_limits: Default::default(),
+        };
+        devices.push((Box::new(|tap| DeviceConfig::Net(NetDevice { tap, options })), Some(tap)));
+    }
+    Ok(devices)
+}
+
+/// What the VMM is told to restore, and the files that this names by their number.
+pub(super) fn restored(
+    template: &Template,
+    listener: UnixListener,
+    console: &Console,
+) -> Result<(RestoreCommand, Vec<OwnedFd>), MachineError> {
+    let output = console.writer(Speaker::Guest).map_err(host("make a pipe"))?;
+    let again = |file: &fs::File| file.try_clone().map_err(host("hand a template over"));
+    let files =
+        vec![output, again(&template.state)?.into(), again(&template.memory)?.into(), listener.into()];
+    let command = RestoreCommand {
+        state: FileSource::Descriptor(1),
+        memory: FileSource::Descriptor(2),
+        console: ConsoleConfig { output: Some(FileSource::Descriptor(0)), ..ConsoleConfig::default() },
+        devices: vec![RestoredDevice { slot: VSOCK_SLOT, device: socket_device(3) }],
+    };
+    Ok((command, files))
 }

@@ -21,7 +21,7 @@ pub const OWNER: &str = "shim";
 /// In the pod's directory: where mounts are tried out.
 const PROBE: &str = "probe";
 /// Who has which host ids, for all pods of the node. Not among the pods' directories, as it stays.
-const IDS: &str = "/run/caisson-ids";
+pub const IDS: &str = "/run/caisson-ids";
 
 /// The pod's side of the host.
 #[derive(Debug)]

@@ -20,12 +20,15 @@ use crate::config::Config;
 use crate::id::Id;
 use crate::journal::Journal;
 use crate::log::one_line;
-use crate::machine::{Machine, Plan, SHARE_TAG};
+use crate::machine::{Machine, Origin, Plan, SHARE_TAG};
 use crate::oom_score;
 use crate::phases::Phases;
 use crate::share::{Mount, Share};
 use crate::sizing::{Change, Demand, Limits};
+use crate::template::{self, Found, Template, build};
 
+/// Annotation: the Kubernetes namespace of the pod.
+const KUBERNETES_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 /// The storage in the guest that is the share.
 const SHARE: &str = "share";
 /// The storage in the guest that is the pod's shared memory.
@@ -74,7 +77,12 @@ impl Sandbox {
         let config = Config::read(&settings.config)?.for_pod(&wanted.annotations)?;
         let limits = wanted.limits.apply(Limits::default());
         let limits = Change::of_annotations(&wanted.annotations)?.apply(limits);
-        let size = PodSize::new(config.sizing, Demand::new(limits))?;
+        let mut size = PodSize::new(config.sizing, Demand::new(limits))?;
+        let tenant = wanted
+            .annotations
+            .get(KUBERNETES_NAMESPACE)
+            .map_or(settings.namespace.as_str(), String::as_str)
+            .to_owned();
         let has_files = !wanted.files.is_empty();
         let (for_host, wanted_there) = (settings.clone(), wanted.clone());
         phases.done("configuration");
@@ -88,49 +96,63 @@ impl Sandbox {
             }
             (cards, description, loopback) = (attached.cards, Some(attached.description), attached.loopback);
         }
+        let (template, missing) = find_template(&config, &size, tenant).await;
         let started = async {
+            let shape = template.as_ref().map_or(size.shape(), |template| template.shape);
             let plan = Plan {
                 programs: &config.machine,
                 shape: size.shape(),
-                share: share.path().to_owned(),
+                share: Some(share.path().to_owned()),
                 ids,
                 cards,
                 directory: host.path(),
                 socket: host.short_path("vsock"),
                 socket_record: host.path().join("vsock"),
             };
-            let machine = Machine::boot(plan, &mut journal, &mut phases).await?;
-            let mut request = request(settings, wanted, size.shape().boot.vcpus);
+            let (machine, origin) = Machine::start(plan, template, &mut journal, &mut phases).await?;
+            let shape = if origin == Origin::Template { shape } else { size.shape() };
+            let mut request = request(settings, wanted, shape.boot.vcpus);
             request.network = description.as_ref().map(Into::into);
             let mut agent = machine.agent().sandbox();
-            match machine.answer(agent.create_sandbox(with_deadline(request, CREATE))).await {
+            let created = async {
+                let names = machine.answer(agent.create_sandbox(with_deadline(request, CREATE))).await?;
+                phases.done("sandbox");
+                size.start_from(&machine, shape).await?;
+                phases.done("size");
+                Ok(names)
+            };
+            match created.await {
                 Ok(names) => {
-                    phases.done("sandbox");
-                    tracing::info!(%phases, pid = machine.pid(), "the pod is up");
+                    tracing::info!(%phases, pid = machine.pid(), ?origin, "the pod is up");
                     Ok((machine, names))
                 }
                 Err(error) => {
                     machine.kill();
                     machine.ended().await;
-                    Err(PodError::from(error))
+                    Err(error)
                 }
             }
         };
         match started.await {
-            Ok((machine, names)) => Ok(Sandbox {
-                forwarding: loopback.and_then(|loopback| loopback.forward(machine.agent().clone()).ok()),
-                storages: format!("{}/storage", machine.agent().version().root),
-                machine,
-                files: has_files.then(|| host.path().to_owned()),
-                size: tokio::sync::Mutex::new(size),
-                share: Arc::new(share),
-                host: Mutex::new(Some(host)),
-                journal: Arc::new(Mutex::new(Some(journal))),
-                names,
-                raw_disks: RawDisks::default(),
-                volumes: Volumes::default(),
-                oom_score: Mutex::new(None),
-            }),
+            Ok((machine, names)) => {
+                if let Some(request) = missing {
+                    make_template(request).await;
+                }
+                Ok(Sandbox {
+                    forwarding: loopback.and_then(|loopback| loopback.forward(machine.agent().clone()).ok()),
+                    storages: format!("{}/storage", machine.agent().version().root),
+                    machine,
+                    files: has_files.then(|| host.path().to_owned()),
+                    size: tokio::sync::Mutex::new(size),
+                    share: Arc::new(share),
+                    host: Mutex::new(Some(host)),
+                    journal: Arc::new(Mutex::new(Some(journal))),
+                    names,
+                    raw_disks: RawDisks::default(),
+                    volumes: Volumes::default(),
+                    oom_score: Mutex::new(None),
+                })
+            }
             Err(error) => {
                 if let Err(left) = undo(host).await {
                     tracing::error!(error = one_line(&left), "something of the pod is left");
@@ -265,6 +287,41 @@ impl Sandbox {
         let closed = move || drop(journal.lock().unwrap_or_else(PoisonError::into_inner).take());
         tokio::task::spawn_blocking(closed).await?;
         undo(host).await
+    }
+}
+
+/// The template that a pod of this size starts from; or, when it is missing, which one to make.
+async fn find_template(
+    config: &Config,
+    size: &PodSize,
+    tenant: String,
+) -> (Option<Box<Template>>, Option<build::Request>) {
+    let Some(shape) = size.template() else { return (None, None) };
+    let for_finding = config.clone();
+    let found = tokio::task::spawn_blocking(move || template::find(&for_finding, shape, &tenant)).await;
+    match found {
+        Ok(Ok(Found::Ready(template))) => (Some(template), None),
+        Ok(Ok(Found::None)) => (None, None),
+        Ok(Ok(Found::Missing)) => {
+            tracing::info!(memory_mib = shape.boot.memory_mib, "there is no template yet: the pod boots");
+            let directory = config.template.directory.clone();
+            (None, Some(build::Request { programs: config.machine.clone(), directory, shape }))
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(error = one_line(&error), "there is no template: the pod boots");
+            (None, None)
+        }
+        Err(error) => {
+            tracing::warn!(%error, "there is no template: the pod boots");
+            (None, None)
+        }
+    }
+}
+
+/// For the pods to come. This one does not depend on it.
+async fn make_template(request: build::Request) {
+    if let Err(error) = build::start(&request).await {
+        tracing::warn!(error = one_line(&error), "no template is made");
     }
 }
 

@@ -33,6 +33,21 @@ impl PodSize {
         self.shape
     }
 
+    /// What a template is made with that machines of this size start from, if there is to be one.
+    pub fn template(&self) -> Option<Shape> {
+        self.policy.template(self.size)
+    }
+
+    /// The machine was made with another shape, and becomes of its size now.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn start_from(&mut self, machine: &Machine, shape: Shape) -> Result<(), PodError> {
+        self.shape = shape;
+        self.settled = self.size == shape.boot;
+        self.become_of(machine, self.size).await
+    }
+
     /// Makes place for what comes on top. The machine becomes larger if it must, and never smaller.
     ///
     /// # Errors

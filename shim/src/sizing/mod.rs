@@ -8,7 +8,7 @@
 mod demand;
 
 pub use demand::{Change, Demand, Limits};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// Annotation: the sum of the containers' memory limits, in bytes. 0: at least one has none.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
@@ -22,6 +22,12 @@ const MIB: u64 = 1 << 20;
 const STEP_MIB: u64 = 4;
 /// What can be plugged in all comes in multiples of so many MiB: a memory block of Linux's.
 const BLOCK_MIB: u64 = 128;
+/// The memory in MiB that machines from templates begin with, beside what the node gives to pods without a limit. The steps
+/// are small where most pods are: what a pod needs beyond one is plugged, and costs its guest as much as at a boot.
+const CLASSES_MIB: [u64; 15] =
+    [96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192];
+/// Machines larger than their class by this factor are rather booted.
+const MOST_OF_CLASS: u64 = 2;
 /// One processor's time in a second, in microseconds.
 const PROCESSOR: u64 = 1_000_000;
 
@@ -46,7 +52,7 @@ pub struct Policy {
 }
 
 /// A machine's size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// Virtual processors, at least 1.
     pub vcpus: u8,
@@ -91,7 +97,7 @@ pub enum SizingError {
 }
 
 /// What a machine is made with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// Its size at first.
     pub boot: Size,
@@ -132,6 +138,33 @@ impl Policy {
         Ok(Size {
             vcpus: vcpus.min(self.max_vcpus).max(1),
             memory_mib: asked_mib.saturating_add(self.guest_overhead_mib),
+        })
+    }
+
+    /// How a template is made for machines of this size: one that many sizes share, and which can become of this size.
+    /// `None`: for a size that no template comes near.
+    pub fn template(&self, size: Size) -> Option<Shape> {
+        let default_mib = self.default_memory_mib.saturating_add(self.guest_overhead_mib);
+        let classes = || CLASSES_MIB.into_iter().chain([default_mib]);
+        let class = classes().filter(|class| *class <= size.memory_mib).max()?;
+        if size.memory_mib > class.saturating_mul(MOST_OF_CLASS) {
+            return None;
+        }
+        // The largest of the class can grow as much as it could if it were booted.
+        let above = classes().filter(|above| *above > class).min();
+        let largest = Size { memory_mib: above.unwrap_or(class.saturating_mul(MOST_OF_CLASS)), ..size };
+        let most_mib = self
+            .max_memory_mib
+            .saturating_add(self.guest_overhead_mib)
+            .min(largest.memory_mib.saturating_add(self.growth_memory_mib));
+        Some(Shape {
+            boot: Size { vcpus: 1, memory_mib: class },
+            max_vcpus: self
+                .growth_vcpus
+                .max(size.vcpus.checked_next_power_of_two()?)
+                .min(self.max_vcpus)
+                .max(1),
+            hotplug_mib: most_mib.saturating_sub(class).next_multiple_of(BLOCK_MIB),
         })
     }
 
@@ -240,7 +273,36 @@ mod tests {
         assert_eq!(small.target(Size { vcpus: 1, memory_mib: 417 }), Err(refused));
     }
 
+    #[test]
+    fn template_classes_are_few_and_the_nodes_default_is_one() {
+        let template =
+            |memory_mib| POLICY.template(Size { vcpus: 1, memory_mib }).map(|shape| shape.boot.memory_mib);
+        assert_eq!(template(160), Some(160), "the default");
+        assert_eq!((template(191), template(192), template(255)), (Some(160), Some(192), Some(192)));
+        assert_eq!((template(95), template(16384), template(16385)), (None, Some(8192), None));
+        let odd = Policy { default_memory_mib: 1000, ..POLICY };
+        assert_eq!(odd.template(Size { vcpus: 1, memory_mib: 1032 }).unwrap().boot.memory_mib, 1032);
+        let vcpus = |vcpus| POLICY.template(Size { vcpus, memory_mib: 160 }).unwrap().max_vcpus;
+        assert_eq!((vcpus(1), vcpus(4), vcpus(5)), (4, 4, 8));
+    }
+
     proptest! {
+        #[test]
+        fn template_becomes_what_a_boot_would_and_grows_as_far(first in 65..=4096u64, then in 1..=4096u64, vcpus in 1..=8u8) {
+            let of = |mib| Size { vcpus, memory_mib: mib + POLICY.guest_overhead_mib };
+            for policy in [POLICY, Policy { growth_memory_mib: 100, ..POLICY }] {
+                let (booted, template) = (policy.shape(of(first)), policy.template(of(first)).unwrap());
+                prop_assert!(template.boot.vcpus == 1 && template.boot.memory_mib <= of(first).memory_mib);
+                let now = template.target(of(first)).unwrap();
+                prop_assert_eq!((now.vcpus, now.balloon_mib), (vcpus, 0));
+                let missing = of(first).memory_mib - template.boot.memory_mib;
+                prop_assert!(now.plugged_mib >= missing && now.plugged_mib < missing + STEP_MIB);
+                if booted.target(of(then)).is_ok() {
+                    prop_assert!(template.target(of(then)).is_ok());
+                }
+            }
+        }
+
         #[test]
         fn a_pod_has_what_it_was_promised(memory in 1..=4096 * MIB, quota in 1i64..2_000_000, period in 1000u64..1_000_000) {
             let size = size(&[

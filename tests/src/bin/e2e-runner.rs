@@ -92,6 +92,9 @@ fn start(state: &Path) -> Option<Containerd> {
 fn start_with_images(state: &Path) -> Result<Containerd> {
     let bin = std::env::var_os("CAISSON_BIN").map(PathBuf::from);
     let containerd = Containerd::start(state, bin.as_deref())?;
+    if bin.is_some() {
+        caisson_e2e::containerd::prepare_template(state)?;
+    }
     let images = Product::Images.path()?;
     for image in ["pause.tar", "busybox.tar"] {
         containerd.import(&images.join(image))?;
