@@ -25,12 +25,12 @@ pub struct Times(pub Vec<(&'static str, Duration)>);
 impl Times {
     /// From the request of the pod to its container's start.
     pub fn until_started(&self) -> Duration {
-        self.0.iter().filter(|(call, _)| *call != REMOVE).map(|(_, time)| *time).sum()
+        self.0.iter().filter(|(call, _)| STARTING.contains(call)).map(|(_, time)| *time).sum()
     }
 }
 
-/// The name of the last call.
-const REMOVE: &str = "remove";
+/// The names of the calls that start a pod.
+const STARTING: [&str; 3] = ["run_pod_sandbox", "create_container", "start_container"];
 
 /// A pod with one busybox in it, started through this handler.
 ///
@@ -39,12 +39,13 @@ const REMOVE: &str = "remove";
 pub async fn start_pod(cri: &mut Cri, name: &str, handler: &str) -> Result<(Pod, String, Times)> {
     let mut clock = Clock::start();
     let pod = cri.run_pod(cri::pod_config(name), handler).await?;
-    clock.lap("run_pod_sandbox");
+    let [sandbox, create, start] = STARTING;
+    clock.lap(sandbox);
     let config = cri::container_config("busybox", BUSYBOX_IMAGE, &["sleep", "1000"]);
     let container = cri.create_container(&pod, config).await?;
-    clock.lap("create_container");
+    clock.lap(create);
     cri.start_container(&container).await?;
-    clock.lap("start_container");
+    clock.lap(start);
     Ok((pod, container, clock.times))
 }
 
@@ -58,7 +59,7 @@ pub async fn a_pods_life(cri: &mut Cri, name: &str, handler: &str) -> Result<Tim
     cri.exec(&container, &["true"]).await?;
     clock.lap("exec");
     cri.remove_pod(&pod).await?;
-    clock.lap(REMOVE);
+    clock.lap("remove");
     Ok(clock.times)
 }
 
@@ -120,6 +121,36 @@ pub fn pss_kib() -> Result<BTreeMap<&'static str, u64>> {
 /// When `/proc` can't be read.
 pub fn shims_rss_kib() -> Result<u64> {
     Ok(held_kib("Rss:")?.get(SHIM).copied().unwrap_or_default())
+}
+
+/// What all pods' processes hold, in KiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Their proportional set size.
+    pub pss: u64,
+    /// Memory that no other process maps.
+    pub private: u64,
+}
+
+impl Memory {
+    /// That of all pods of ours.
+    ///
+    /// # Errors
+    /// When `/proc` can't be read.
+    pub fn of_pods() -> Result<Self> {
+        let sum = |field| Ok::<u64, anyhow::Error>(held_kib(field)?.values().sum());
+        Ok(Self { pss: sum("Pss:")?, private: sum("Private_Clean:")? + sum("Private_Dirty:")? })
+    }
+}
+
+/// The memory that could be had without swapping, in KiB: `MemAvailable` of proc_meminfo(5).
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn available_kib() -> Result<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).context("no MemAvailable")
 }
 
 /// The sums of a field of `/proc/PID/smaps_rollup` (proc_pid_smaps(5)).

@@ -1,4 +1,4 @@
-//! `pods demo`, `pods bench` and `pods memory`: pods through containerd's CRI, for people to look at. They run beside a
+//! `pods demo`, `pods times`, `pods crowd` and `pods memory`: pods through containerd's CRI, for people to look at. They run beside a
 //! containerd, as tests do: `e2e-runner pods demo`.
 
 mod bench;
@@ -15,11 +15,20 @@ use clap::Parser;
 enum Task {
     /// Shows what a pod is like from inside and from outside.
     Demo,
-    /// Measures pods.
-    Bench {
+    /// Measures the time of each call of a pod's life.
+    Times {
         /// Measure so many pods of each kind, after one that warms up.
         #[arg(long, default_value_t = 5)]
         runs: usize,
+        /// Write the figures here.
+        #[arg(long)]
+        results: PathBuf,
+    },
+    /// Measures many pods: what memory each takes, and how long ten take at once.
+    Crowd {
+        /// For the memory of each further pod, start so many.
+        #[arg(long, default_value_t = 20)]
+        pods: usize,
         /// Write the figures here.
         #[arg(long)]
         results: PathBuf,
@@ -32,7 +41,8 @@ enum Task {
 async fn main() -> Result<()> {
     match Task::parse() {
         Task::Demo => demo::run().await,
-        Task::Bench { runs, results } => bench::run(runs, &results).await,
+        Task::Times { runs, results } => bench::times(runs, &results).await,
+        Task::Crowd { pods, results } => bench::crowd(pods, &results).await,
         Task::Memory => memory::run().await,
     }
 }
