@@ -1,8 +1,8 @@
 //! The state file: its frame, its content, and devices that go on from whatever it says.
 #![no_main]
 
-use caisson_virtio::{devices::{DeviceState, rng::{HostEntropy, Rng}, vsock::{HostEnd, Vsock}}, VirtioDevice, mmio::TransportState};
-use caisson_vmm::snapshot::format::decode;
+use caisson_virtio::{Persist, VirtioDevice, devices::{rng::{HostEntropy, Rng}, vsock::{HostEnd, Vsock, VsockResources}}};
+use caisson_vmm::{machine::{DeviceState, SlotState}, snapshot::format::{VERSION, decode}};
 use caisson_vmm_api::devices::VsockConfig;
 use caisson_virtio_fuzz::{Session, memory, play_restored};
 use libfuzzer_sys::{
@@ -13,7 +13,7 @@ use libfuzzer_sys::{
 /// The frame's magic and version are the first bytes of any state file; length and checksum follow from the rest.
 fn framed(body: &[u8]) -> Vec<u8> {
     let mut file = b"CAISSON\0".to_vec();
-    file.extend(1u32.to_le_bytes());
+    file.extend(VERSION.to_le_bytes());
     file.extend(u32::try_from(body.len()).unwrap_or(0).to_le_bytes());
     file.extend(crc32fast::hash(body).to_le_bytes());
     file.extend(body);
@@ -22,9 +22,10 @@ fn framed(body: &[u8]) -> Vec<u8> {
 
 fn device(state: &DeviceState) -> Option<Box<dyn VirtioDevice>> {
     Some(match state {
-        DeviceState::Rng(state) => Box::new(Rng::from_state(state, HostEntropy).ok()?),
+        DeviceState::Rng(state) => Box::new(Rng::restore(state, HostEntropy).ok()?),
         DeviceState::Vsock(state) => {
-            Box::new(Vsock::from_state(state, VsockConfig { guest_cid: 3 }, HostEnd::default()).ok()?)
+            let config = VsockConfig { guest_cid: 3 };
+            Box::new(Vsock::restore(state, VsockResources { config, host: HostEnd::default() }).ok()?)
         }
         _ => return None,
     })
@@ -33,8 +34,8 @@ fn device(state: &DeviceState) -> Option<Box<dyn VirtioDevice>> {
 fuzz_target!(|data: &[u8]| {
     let _ = decode(data);
     let _ = decode(&framed(data));
-    let Ok((state, rest)) = postcard::take_from_bytes::<TransportState>(data) else { return };
+    let Ok((state, rest)) = postcard::take_from_bytes::<SlotState>(data) else { return };
     let Some(device) = device(&state.device) else { return };
     let session = Session::arbitrary(&mut Unstructured::new(rest)).ok();
-    play_restored(&state, &memory(), device, session.as_ref());
+    play_restored(&state.transport, &memory(), device, session.as_ref());
 });

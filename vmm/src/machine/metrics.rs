@@ -1,23 +1,22 @@
 //! What the control API reports of a machine.
 
 use caisson_vmm_api::control::metrics::{
-    ConsoleMetrics, DeviceMetrics, GuestStatistics, MemoryMetrics, Metrics,
+    self as reply, ConsoleMetrics, GuestStatistics, MemoryMetrics, Metrics,
 };
 
 use caisson_virtio::devices::{
-    self,
     balloon::{Balloon, Statistics},
     mem::MemoryDevice,
 };
 
-use super::Machine;
+use super::{DeviceMetrics, Machine};
 
 impl Machine {
     /// Sizes, times and counters.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         let slots = (0u8..).take(self.bus.slots.count()).filter_map(|slot| {
-            let metrics = self.bus.slots.with(slot, |transport| transport.metrics()).ok()??;
+            let metrics = self.bus.slots.with(slot, DeviceMetrics::of).ok()???;
             Some((slot, of_device(&metrics)))
         });
         let console = self.bus.console.metrics();
@@ -54,7 +53,7 @@ impl Machine {
 }
 
 /// A device's counters, which it names itself.
-fn of_device(metrics: &devices::DeviceMetrics) -> DeviceMetrics {
+fn of_device(metrics: &DeviceMetrics) -> reply::DeviceMetrics {
     // All are numbers, or numbers by name: a test checks it for each kind.
     serde_json::to_value(metrics).and_then(serde_json::from_value).unwrap_or_default()
 }
@@ -85,7 +84,7 @@ mod tests {
 
     #[test]
     fn metrics_have_the_counters_of_each_kind_of_device() {
-        use devices::DeviceMetrics as Device;
+        use DeviceMetrics as Device;
         let all = [
             (Device::Balloon(Arc::default()), "balloon", "inflated_pages"),
             (Device::Mem(Arc::default()), "mem", "plugged_bytes"),

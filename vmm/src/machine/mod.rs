@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `bus` | which device answers at which address |
 //! | `input` | what is typed on the console |
+//! | `kinds` | the list of the kinds of devices |
 //! | `memory_blocks` | the memory device's blocks as KVM memory slots |
 //! | `metrics` | what the control API reports |
 //! | [`poller`] | the descriptors that the event loop watches |
@@ -13,11 +14,12 @@
 //!
 //! A machine is put together in steps, each of which can fail alone: [`Machine::new`] makes an empty one,
 //! [`Machine::load`] puts a kernel into it, [`Machine::resume`] lets it run. None of them opens a file: what
-//! a machine needs from the host was opened before (see [`resources`](crate::resources)).
+//! a machine needs from the host was opened before.
 
 mod bus;
 mod devices;
 mod input;
+mod kinds;
 mod memory_blocks;
 mod metrics;
 pub mod poller;
@@ -39,11 +41,12 @@ use caisson_virtio::{
     mmio::{IrqLine, TransportState},
 };
 use caisson_vmm_api::{config::MAX_SLOTS, exit::ExitReason};
-use devices::Workshop;
+use devices::DeviceFactory;
 pub use devices::{DeviceBuildError, OpenDevice};
 use input::ConsoleInput;
+pub use kinds::{DeviceMetrics, DeviceState};
 use kvm_bindings::{
-    KVM_CAP_PMU_CAPABILITY, KVM_MEM_LOG_DIRTY_PAGES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    KVM_CAP_PMU_CAPABILITY, KVM_MEM_LOG_DIRTY_PAGES, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -62,10 +65,9 @@ use crate::{
     boot::{self, BootError, BootSource},
     devices::{
         exit::ExitPort,
-        serial::{Console, ConsoleSink, SERIAL_GSI},
+        serial::{Console, ConsoleSink, SERIAL_GSI, SavedSerial},
     },
     layout::KVM_TSS,
-    snapshot::MachineState,
 };
 
 /// The version of KVM's interface that exists.
@@ -108,9 +110,6 @@ pub enum MachineError {
     /// The processors.
     #[error(transparent)]
     Processor(#[from] ProcessorError),
-    /// A snapshot without one.
-    #[error("the snapshot has no processor")]
-    NoProcessor,
     /// The slots.
     #[error(transparent)]
     Slot(#[from] SlotError),
@@ -162,6 +161,25 @@ pub struct MachineShape {
     pub slots: u8,
 }
 
+/// What of a saved machine it takes to make an empty one that its processors and devices fit.
+pub struct SavedMachine<'a> {
+    /// Its sizes.
+    pub shape: MachineShape,
+    /// CPUID of its first processor.
+    pub cpuid: &'a [kvm_cpuid_entry2],
+    /// Its console.
+    pub serial: &'a SavedSerial,
+}
+
+/// A slot's device in a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SlotState {
+    /// The transport, with the queues.
+    pub transport: TransportState,
+    /// The device.
+    pub device: DeviceState,
+}
+
 /// A machine. Dropping it stops its processors and gives everything back.
 pub struct Machine {
     // Declared in the order in which they must go: processors before what they run on.
@@ -200,19 +218,19 @@ impl Machine {
     /// When the host lacks something, or the state is impossible.
     pub fn from_snapshot(
         kvm: &Kvm,
-        state: &MachineState,
+        saved: &SavedMachine<'_>,
         memory: File,
         poller: Arc<Poller>,
         (sink, started): (ConsoleSink, Instant),
     ) -> Result<Self, MachineError> {
-        let ram = GuestRam::from_file(state.shape.ram, memory)?;
+        let ram = GuestRam::from_file(saved.shape.ram, memory)?;
         let console = |irq| {
-            Console::from_state(&state.serial, irq, sink)
+            Console::from_state(saved.serial, irq, sink)
                 .map_err(|error| MachineError::Host("restoring the console", error))
         };
-        let model = CpuSource::Saved(state.cpuid().ok_or(MachineError::NoProcessor)?);
+        let model = CpuSource::Saved(saved.cpuid);
         let parts = BusParts { console, started };
-        let mut machine = Self::with_memory((kvm, model), state.shape, ram, poller, parts)?;
+        let mut machine = Self::with_memory((kvm, model), saved.shape, ram, poller, parts)?;
         machine.fresh_from_snapshot = true;
         Ok(machine)
     }
@@ -316,7 +334,7 @@ impl Machine {
     /// # Errors
     /// When the device cannot be made, the slot is taken or the wiring fails.
     pub fn plug(&self, slot: u8, device: OpenDevice) -> Result<(), MachineError> {
-        let device = self.workshop().make(device).map_err(|source| MachineError::Device { slot, source })?;
+        let device = self.factory().make(device).map_err(|source| MachineError::Device { slot, source })?;
         Ok(self.bus.slots.plug(slot, device)?)
     }
 
@@ -329,7 +347,7 @@ impl Machine {
             return Ok(());
         }
         let slot = self.bus.slots.first_empty()?;
-        let device = self.workshop().memory().map_err(|source| MachineError::Device { slot, source })?;
+        let device = self.factory().memory().map_err(|source| MachineError::Device { slot, source })?;
         Ok(self.bus.slots.plug(slot, device)?)
     }
 
@@ -340,16 +358,16 @@ impl Machine {
     pub fn restore_device(
         &self,
         slot: u8,
-        state: &TransportState,
+        state: &SlotState,
         device: Option<OpenDevice>,
     ) -> Result<(), MachineError> {
-        let made = self.workshop().restore(&state.device, device);
+        let made = self.factory().restore(&state.device, device);
         let made = made.map_err(|source| MachineError::Device { slot, source })?;
-        Ok(self.bus.slots.restore(slot, made, state)?)
+        Ok(self.bus.slots.restore(slot, made, &state.transport)?)
     }
 
-    fn workshop(&self) -> Workshop<'_> {
-        Workshop { vm: &self.vm, ram: &self.ram, shares: &self.shares }
+    fn factory(&self) -> DeviceFactory<'_> {
+        DeviceFactory { vm: &self.vm, ram: &self.ram, shares: &self.shares }
     }
 
     /// Takes the device out of a slot.

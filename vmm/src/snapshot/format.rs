@@ -13,7 +13,7 @@
 use super::MachineState;
 
 /// The version that this program writes, and the only one that it reads.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The longest state file: far more than any machine's.
 pub const MAX_LEN: u64 = 64 << 20;
 

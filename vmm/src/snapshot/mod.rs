@@ -76,6 +76,12 @@ pub enum SnapshotError {
         #[source]
         source: DeviceError,
     },
+    /// A slot has a device that no snapshot can hold.
+    #[error("slot {0}: its device cannot be saved")]
+    UnknownDevice(u8),
+    /// The state has no processor.
+    #[error("the snapshot has no processor")]
+    NoProcessor,
     /// The snapshot comes from another kind of processor.
     #[error("the snapshot was made on another processor model ({saved}, this host has {here})")]
     Processor {
@@ -211,7 +217,7 @@ pub fn restore(
     let Source { memory, console, console_rate, devices, .. } = source;
     state.check_host()?;
     let sink = ConsoleSink::new(console.output, console_rate);
-    let mut machine = Machine::from_snapshot(kvm, &state, memory, poller, (sink, birth))?;
+    let mut machine = Machine::from_snapshot(kvm, &state.outline()?, memory, poller, (sink, birth))?;
     machine.share_by(shares);
     state.restore(&mut machine, devices)?;
     console.input.map(|input| machine.type_from(input)).transpose()?;

@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use caisson_virtio::mmio::TransportState;
-use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +12,7 @@ use super::{
 };
 use crate::{
     devices::serial::SavedSerial,
-    machine::{Machine, MachineShape, OpenDevice},
+    machine::{DeviceState, Machine, MachineShape, OpenDevice, SavedMachine, SlotState},
     vcpu::cpuid::CpuModel,
 };
 
@@ -36,7 +34,7 @@ pub struct MachineState {
     /// The console.
     pub serial: SavedSerial,
     /// The devices, by slot.
-    pub slots: BTreeMap<u8, TransportState>,
+    pub slots: BTreeMap<u8, SlotState>,
 }
 
 impl MachineState {
@@ -63,9 +61,10 @@ impl MachineState {
         })
     }
 
-    /// CPUID of the first processor.
-    pub(crate) fn cpuid(&self) -> Option<&[kvm_cpuid_entry2]> {
-        self.vcpus.first().map(VcpuState::cpuid)
+    /// What an empty machine is made from that this state fits.
+    pub(super) fn outline(&self) -> Result<SavedMachine<'_>, SnapshotError> {
+        let cpuid = self.vcpus.first().map(VcpuState::cpuid).ok_or(SnapshotError::NoProcessor)?;
+        Ok(SavedMachine { shape: self.shape, cpuid, serial: &self.serial })
     }
 
     /// Refuses a snapshot from another kind of processor: its guest has adapted itself to that one.
@@ -118,12 +117,16 @@ impl MachineState {
     }
 }
 
-fn save_slots(machine: &Machine) -> Result<BTreeMap<u8, TransportState>, SnapshotError> {
+fn save_slots(machine: &Machine) -> Result<BTreeMap<u8, SlotState>, SnapshotError> {
     let mut saved = BTreeMap::new();
     for slot in (0u8..).take(machine.slots().count()) {
-        let state = machine.slots().with(slot, |transport| transport.save());
+        let state = machine.slots().with(slot, |transport| {
+            let saved = transport.save().map_err(|source| SnapshotError::Device { slot, source })?;
+            let device = DeviceState::of(transport).ok_or(SnapshotError::UnknownDevice(slot))?;
+            Ok::<_, SnapshotError>(SlotState { transport: saved, device })
+        });
         if let Ok(Some(state)) = state {
-            saved.insert(slot, state.map_err(|source| SnapshotError::Device { slot, source })?);
+            saved.insert(slot, state?);
         }
     }
     Ok(saved)

@@ -4,11 +4,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 
-use crate::{
-    devices::{DeviceMetrics, DeviceState},
-    memory::GuestMem,
-    queue::DeviceQueue,
-};
+use crate::{SavedQueue, memory::GuestMem, queue::DeviceQueue};
 
 /// Virtio device types (VIRTIO 1.3, section 5) that this VMM implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -57,6 +53,9 @@ pub struct Activation {
     pub features: u64,
     /// Where to raise interrupts for a change of the configuration; each queue has its own.
     pub interrupt: Arc<dyn Interrupt>,
+    /// The driver did this before the machine was saved, and is not going to do it again: it may wait for what was on
+    /// its way then.
+    pub restored: bool,
 }
 
 impl Activation {
@@ -68,7 +67,7 @@ impl Activation {
             .into_iter()
             .enumerate()
             .map(|(index, queue)| DeviceQueue::new(queue, index, mem.clone(), interrupt.clone(), event_idx));
-        Self { queues: queues.collect(), mem, features, interrupt }
+        Self { queues: queues.collect(), mem, features, interrupt, restored: false }
     }
 
     /// The queues of a device that has `N`, of which it needs the first `required`.
@@ -229,17 +228,13 @@ pub trait VirtioDevice: Any + Send {
     /// When the device cannot go on; see [`DeviceError`].
     fn process(&mut self, event: DeviceEvent) -> Result<(), DeviceError>;
 
-    /// The device's state, queues included, for a snapshot. Called while all vCPUs are paused; the device
-    /// first finishes or takes back what is in flight, so that the memory saved afterwards is consistent with
-    /// it.
+    /// Brings the device to rest for a snapshot, and returns the queues of an active one, in order. Called while all
+    /// vCPUs are paused; the device finishes or takes back what is in flight, so that the memory saved afterwards is
+    /// consistent with the queues. It stays active: the next event lets it go on.
     ///
-    /// The counterpart is the device's own constructor from its state, followed by
-    /// [`activate`](Self::activate) with the restored queues when the device was active.
+    /// What else of the device goes into a snapshot says [`Persist`](crate::Persist).
     ///
     /// # Errors
-    /// When in-flight work could not be brought to a stop.
-    fn save(&mut self) -> Result<DeviceState, DeviceError>;
-
-    /// The device's counters, shared with it.
-    fn metrics(&self) -> DeviceMetrics;
+    /// [`DeviceError`] when in-flight work could not be brought to a stop.
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError>;
 }

@@ -10,6 +10,8 @@
 //! | [`metrics`] | lock-free counters |
 //! | [`rate_limiter`] | token buckets for bytes and operations |
 //!
+//! A device that is in snapshots implements [`Persist`] beside its state.
+//!
 //! A device knows queues, guest memory and its backend; a transport knows registers, the status machine and
 //! interrupts. They meet in [`VirtioDevice`] and [`Interrupt`], so each is tested without the other, and both
 //! without KVM. What needs the machine is handed in: interrupt lines ([`mmio::IrqLine`]), what watches descriptors
@@ -25,6 +27,7 @@ pub mod metrics;
 pub mod mmio;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod mock;
+mod persist;
 pub mod queue;
 pub mod rate_limiter;
 
@@ -32,4 +35,5 @@ pub use device::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, ThreadSetup,
     VirtioDevice,
 };
+pub use persist::{Persist, RestoreError, StateMismatch};
 pub use queue::{DeviceQueue, Drained, SavedQueue};

@@ -1,9 +1,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::Status;
-use crate::{SavedQueue, devices::DeviceState};
+use crate::SavedQueue;
 
-/// A transport and its device in a snapshot.
+/// A transport in a snapshot, with its device's queues. The rest of the device is its own
+/// [`Persist::State`](crate::Persist::State).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TransportState {
     /// Device status.
@@ -20,12 +21,10 @@ pub struct TransportState {
     pub interrupt_status: u32,
     /// `ConfigGeneration`.
     pub config_generation: u32,
-    /// The queues as the driver has set them up so far. For an active device, those in `device` are newer.
+    /// The queues: as the driver has set them up so far, or as an active device has come to use them.
     pub queues: Vec<SavedQueue>,
     /// The device had been activated.
     pub active: bool,
-    /// The device.
-    pub device: DeviceState,
 }
 
 /// A saved transport that does not fit the device it is to be restored to.

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, SavedQueue, VirtioDevice,
-    devices::DeviceMetrics, memory::GuestMem,
+    memory::GuestMem,
 };
 
 /// Whoever watches a device's poll sources: told when it becomes active and when it stops being so.
@@ -92,8 +92,7 @@ impl MmioTransport {
         if unknown != 0 {
             return Err(TransportStateError::Features(unknown));
         }
-        let newest = if state.active { state.device.queues() } else { &state.queues };
-        transport.restore_queues(newest)?;
+        transport.restore_queues(&state.queues)?;
         if state.active {
             transport.reactivate()?;
         }
@@ -118,7 +117,7 @@ impl MmioTransport {
     }
 
     fn reactivate(&mut self) -> Result<(), TransportStateError> {
-        let activation = self.activation();
+        let activation = Activation { restored: true, ..self.activation() };
         self.device.activate(activation).map_err(TransportStateError::Activate)?;
         self.active = true;
         // A device that had failed when it was saved is not asked again before its driver resets it.
@@ -162,12 +161,6 @@ impl MmioTransport {
         self.queues.len()
     }
 
-    /// The device's counters.
-    #[must_use]
-    pub fn metrics(&self) -> DeviceMetrics {
-        self.device.metrics()
-    }
-
     /// The device itself, if it is a `D`.
     pub fn device_as<D: VirtioDevice>(&mut self) -> Option<&mut D> {
         let device: &mut dyn Any = self.device.as_mut();
@@ -186,13 +179,16 @@ impl MmioTransport {
         self.active
     }
 
-    /// The transport's and the device's state.
+    /// Brings the device to rest, and returns the transport's state with the device's queues. What else is to be saved
+    /// of the device, its [`Persist::state`](crate::Persist::state), is to be asked for after that.
     ///
     /// # Errors
-    /// When the device could not come to rest.
+    /// [`DeviceError`] when the device could not come to rest.
     pub fn save(&mut self) -> Result<TransportState, DeviceError> {
         // First: what the device finishes now raises interrupts, which the restored driver has to find pending.
-        let device = self.device.save()?;
+        let device_queues = self.device.quiesce()?;
+        let queues =
+            if self.active { device_queues } else { self.queues.iter().map(SavedQueue::from).collect() };
         Ok(TransportState {
             status: self.status,
             driver_features: self.driver_features,
@@ -201,9 +197,8 @@ impl MmioTransport {
             queue_sel: self.queue_sel,
             interrupt_status: self.interrupt.status(),
             config_generation: self.interrupt.generation(),
-            queues: self.queues.iter().map(SavedQueue::from).collect(),
+            queues,
             active: self.active,
-            device,
         })
     }
 

@@ -32,10 +32,9 @@ use vmm_sys_util::{
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
 };
 
-use super::{DeviceMetrics, DeviceState};
 use crate::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Drained, Interrupt,
-    PollSource, VirtioDevice, memory::Discard, queue::Head,
+    PollSource, SavedQueue, VirtioDevice, memory::Discard, queue::Head,
 };
 
 /// VIRTIO_BALLOON_F_STATS_VQ (section 5.5.3).
@@ -140,16 +139,10 @@ impl Balloon {
         })
     }
 
-    /// A balloon as it was saved.
-    ///
-    /// # Errors
-    /// When the host has no event descriptor left.
-    pub fn from_state(state: &BalloonState, discard: Arc<dyn Discard>) -> std::io::Result<Self> {
-        let mut balloon = Self::new(state.config, discard)?;
-        balloon.target_pages = state.target_pages;
-        balloon.actual_pages = state.actual_pages;
-        balloon.statistics_head = state.statistics_head.map(Head::restored);
-        Ok(balloon)
+    /// The device's counters, shared with it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<BalloonMetrics> {
+        self.metrics.clone()
     }
 
     /// Asks the driver for a balloon of so many pages of 4 KiB. It gets there, or as near as it can, in its
@@ -306,18 +299,7 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    fn save(&mut self) -> Result<DeviceState, DeviceError> {
-        let queues = self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect();
-        Ok(DeviceState::Balloon(BalloonState {
-            config: self.config,
-            target_pages: self.target_pages,
-            actual_pages: self.actual_pages,
-            statistics_head: self.statistics_head.as_ref().map(Head::index),
-            queues,
-        }))
-    }
-
-    fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics::Balloon(Arc::clone(&self.metrics))
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError> {
+        Ok(self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect())
     }
 }

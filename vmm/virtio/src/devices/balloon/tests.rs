@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::*;
 use crate::{
+    Persist,
     memory::GuestMem,
     mock::{Buffer, CountingInterrupt, MockQueue},
 };
@@ -261,12 +262,12 @@ fn a_restored_balloon_goes_on_where_the_saved_one_was() {
     bench.balloon.set_target_pages(77);
     bench.balloon.write_config(4, &33_u32.to_le_bytes());
     bench.statistics(&[(4, 1)]).unwrap();
-    let DeviceState::Balloon(state) = bench.balloon.save().unwrap() else { panic!("of another kind") };
-    let bytes = postcard::to_allocvec(&state).unwrap();
+    let queues = bench.balloon.quiesce().unwrap();
+    let bytes = postcard::to_allocvec(&bench.balloon.state()).unwrap();
     let state: BalloonState = postcard::from_bytes(&bytes).unwrap();
 
-    let mut restored = Balloon::from_state(&state, bench.discarded.clone()).unwrap();
-    let queues = state.queues.iter().map(|queue| Queue::try_from(*queue).unwrap()).collect();
+    let mut restored = Balloon::restore(&state, bench.discarded.clone()).unwrap();
+    let queues = queues.iter().map(|queue| Queue::try_from(*queue).unwrap()).collect();
     let activation = Activation::new(bench.mem.clone(), queues, plain_features(), bench.interrupt.clone());
     restored.activate(activation).unwrap();
     assert_eq!((restored.target_pages(), restored.actual_pages()), (77, 33));
@@ -287,8 +288,7 @@ fn reset_forgets_the_driver() {
     assert_eq!(*bench.balloon.statistics(), Statistics::default());
     assert!(!bench.balloon.request_statistics().unwrap());
     bench.balloon.process(DeviceEvent::Queue(0)).unwrap();
-    let DeviceState::Balloon(state) = bench.balloon.save().unwrap() else { panic!("of another kind") };
-    assert_eq!(state.queues, []);
+    assert_eq!(bench.balloon.quiesce().unwrap(), []);
 }
 
 proptest! {

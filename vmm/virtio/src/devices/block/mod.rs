@@ -51,12 +51,11 @@ pub use self::{
     config::{ID_BYTES, MAX_QUEUES, QUEUE_SIZE},
     disk::{DiskError, MAX_FILES},
     metrics::BlockMetrics,
-    state::BlockState,
+    state::{BlockResources, BlockState},
 };
-use super::{DeviceMetrics, DeviceState};
 use crate::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Interrupt, PollSource,
-    ThreadSetup, VirtioDevice,
+    SavedQueue, ThreadSetup, VirtioDevice,
     buffers::GuestBuffers,
     queue::Head,
     rate_limiter::{RateLimitError, RateLimiter},
@@ -189,22 +188,10 @@ impl Block {
         })
     }
 
-    /// The disk of a snapshot, on the same files opened again. The counterpart of [`VirtioDevice::save`].
-    ///
-    /// # Errors
-    /// As [`new`](Self::new); and when the files have another size.
-    pub fn from_state(
-        state: BlockState,
-        files: Vec<OwnedFd>,
-        setup: ThreadSetup,
-    ) -> Result<Self, BlockError> {
-        let block = Self::new(state.config, files, setup)?;
-        let now = block.capacity_sectors();
-        if now == state.capacity {
-            Ok(block)
-        } else {
-            Err(BlockError::CapacityChanged { saved: state.capacity, now })
-        }
+    /// The device's counters, shared with it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<BlockMetrics> {
+        self.metrics.clone()
     }
 
     /// Looks at the size of the file again and tells the driver when it changed. Disks of several files keep
@@ -589,14 +576,8 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn save(&mut self) -> Result<DeviceState, DeviceError> {
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError> {
         self.finish()?;
-        let queues = self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect();
-        let capacity = self.capacity_sectors();
-        Ok(DeviceState::Block(BlockState { config: self.config.clone(), capacity, queues }))
-    }
-
-    fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics::Block(self.metrics.clone())
+        Ok(self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect())
     }
 }

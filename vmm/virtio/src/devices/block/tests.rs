@@ -17,6 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::{
+    Persist, StateMismatch,
     memory::GuestMem,
     mock::{Buffer, CountingInterrupt, MockQueue},
 };
@@ -427,23 +428,29 @@ fn a_snapshot_has_everything_answered() {
         bench.offer(0, VIRTIO_BLK_T_WRITE_ZEROES, 0, &[Buffer::readable(DATA, 16)]);
         bench.offer(1, VIRTIO_BLK_T_OUT, 10, &[Buffer::readable(DATA + 0x1000, 512)]);
         bench.block.process(DeviceEvent::Queue(0)).unwrap();
-        let saved = bench.block.save().unwrap();
+        let queues = bench.block.quiesce().unwrap();
         assert_eq!(bench.mock.used().len(), 2);
         assert_eq!((bench.status(0), bench.status(1)), (0, 0));
         assert_eq!(std::fs::read(file.path()).unwrap()[..4096], [0; 4096]);
 
-        let bytes = postcard::to_allocvec(&saved).unwrap();
-        let Ok(DeviceState::Block(state)) = postcard::from_bytes(&bytes) else { panic!() };
+        let bytes = postcard::to_allocvec(&bench.block.state()).unwrap();
+        let state: BlockState = postcard::from_bytes(&bytes).unwrap();
+        let resources = || BlockResources {
+            config: state.config.clone(),
+            files: vec![writable(file.path())],
+            setup: || {},
+        };
         // A request whose notification came before the snapshot is found without another.
         bench.offer(2, VIRTIO_BLK_T_FLUSH, 0, &[]);
-        let queues = state.queues.iter().map(|&queue| queue.try_into().unwrap()).collect();
-        bench.block = Block::from_state(state.clone(), vec![writable(file.path())], || {}).unwrap();
+        let queues = queues.iter().map(|&queue| queue.try_into().unwrap()).collect();
+        bench.block = Block::restore(&state, resources()).unwrap();
         bench.activate_with(queues, 0).unwrap();
         assert_eq!(bench.wait(1).len(), 1);
 
         file.as_file().set_len(512).unwrap();
-        let error = Block::from_state(state, vec![writable(file.path())], || {}).unwrap_err();
-        assert!(matches!(error, BlockError::CapacityChanged { saved: 64, now: 1 }));
+        let error = Block::restore(&state, resources()).unwrap_err();
+        let expected = BlockError::CapacityChanged { saved: 64, now: 1 };
+        assert_eq!(error.to_string(), expected.to_string());
     }
 }
 
@@ -600,5 +607,23 @@ proptest! {
             prop_assert_eq!(status, expected);
         }
         prop_assert_eq!(std::fs::read(file.path()).unwrap(), model);
+    }
+}
+
+#[test]
+fn restore_refuses_what_the_guest_has_seen_otherwise() {
+    let (_file, bench) = disk(IoEngine::Sync, 8);
+    let saved = bench.block.state();
+    let with = |config| BlockResources { config, files: Vec::new(), setup: || {} };
+    let rate_limits =
+        RateLimits { bytes: Some(Bucket { size: 1, refill_ms: 1, initial_burst: 0 }), operations: None };
+    let unseen = BlockConfig { engine: IoEngine::IoUring, rate_limits, ..saved.config.clone() };
+    Block::check(&saved, &with(unseen)).unwrap();
+    for (changed, option) in [
+        (BlockConfig { id: "other".into(), ..saved.config.clone() }, "block.id"),
+        (BlockConfig { read_only: true, ..saved.config.clone() }, "block.read_only"),
+        (BlockConfig { queues: 2, ..saved.config.clone() }, "block.queues"),
+    ] {
+        assert_eq!(Block::check(&saved, &with(changed)), Err(StateMismatch(option)));
     }
 }

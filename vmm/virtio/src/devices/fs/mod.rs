@@ -45,12 +45,12 @@ use self::passthrough::Passthrough;
 pub use self::{
     config::{MAX_QUEUES, QUEUE_SIZE, TAG_BYTES},
     metrics::{FsMetrics, Operations},
-    state::FsState,
+    state::{FsResources, FsState},
     worker::Workers,
 };
-use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, VirtioDevice,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, SavedQueue,
+    VirtioDevice,
     memory::GuestMem,
     queue::{Chain, Head},
 };
@@ -183,12 +183,10 @@ impl Fs {
         })
     }
 
-    /// The device of a snapshot. The counterpart of [`VirtioDevice::save`].
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn from_state(state: FsState, root: OwnedFd, workers: Arc<Workers>) -> Result<Self, FsError> {
-        Self::new(state.config, root, workers)
+    /// The device's counters, shared with it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<FsMetrics> {
+        self.metrics.clone()
     }
 
     /// Hands what is in a queue to the workers.
@@ -302,7 +300,7 @@ impl VirtioDevice for Fs {
         }
     }
 
-    fn save(&mut self) -> Result<DeviceState, DeviceError> {
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError> {
         if let Some(active) = &self.active {
             active.wait();
         }
@@ -312,12 +310,7 @@ impl VirtioDevice for Fs {
             return Err(DeviceError::Backend(io::Error::new(io::ErrorKind::Unsupported, why)));
         }
         let queues = self.active.iter().flat_map(|active| &active.queues);
-        let queues = queues.map(|queue| lock(queue).state()).collect();
-        Ok(DeviceState::Fs(FsState { config: self.config.clone(), queues }))
-    }
-
-    fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics::Fs(self.metrics.clone())
+        Ok(queues.map(|queue| lock(queue).state()).collect())
     }
 }
 

@@ -25,7 +25,7 @@ pub use blocks::Blocks;
 pub use metrics::MemoryMetrics;
 use queue::{Request, Response};
 use serde::{Deserialize, Serialize};
-pub use state::MemoryState;
+pub use state::{MemoryResources, MemoryState};
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
@@ -35,10 +35,9 @@ use vmm_sys_util::{
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
 };
 
-use super::{DeviceMetrics, DeviceState};
 use crate::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Drained, Interrupt,
-    PollSource, VirtioDevice,
+    PollSource, SavedQueue, VirtioDevice,
 };
 
 /// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE (section 5.15.3).
@@ -196,26 +195,10 @@ impl MemoryDevice {
         })
     }
 
-    /// A device as it was saved; the blocks that were plugged are plugged again, with what the memory holds.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new), and when the state contradicts itself or the blocks cannot be plugged.
-    pub fn from_state(state: &MemoryState, blocks: Arc<dyn Blocks>) -> Result<Self, MemoryError> {
-        state.config.check()?;
-        // First, as memory is set aside for as many.
-        let (expected, got) = (state.config.block_count()?, state.plugged.len());
-        if expected != got {
-            return Err(MemoryError::State { expected, got });
-        }
-        let mut device = Self::new(state.config, blocks)?;
-        state.config.check_requested(state.requested_size)?;
-        device.requested_size = state.requested_size;
-        device.plugged.clone_from(&state.plugged);
-        for (start, len) in device.plugged_ranges(0, expected) {
-            device.blocks.plug(start, len).map_err(MemoryError::Host)?;
-            device.plugged_size += len;
-        }
-        Ok(device)
+    /// The device's counters, shared with it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<MemoryMetrics> {
+        self.metrics.clone()
     }
 
     /// Asks the driver to plug or unplug until so many bytes are plugged. It gets there, or as near as it
@@ -280,7 +263,7 @@ impl MemoryDevice {
             Request::Plug { addr, count } => self.plug(addr, count),
             Request::Unplug { addr, count } => self.unplug(addr, count),
             Request::UnplugAll => self.unplug_all(),
-            Request::State { addr, count } => self.state(addr, count),
+            Request::State { addr, count } => self.block_state(addr, count),
             Request::Unknown => Response::Error,
         };
         if matches!(response, Response::Error | Response::Busy) {
@@ -343,7 +326,7 @@ impl MemoryDevice {
         Response::Ack
     }
 
-    fn state(&self, addr: u64, count: u16) -> Response {
+    fn block_state(&self, addr: u64, count: u16) -> Response {
         let Some(range) = self.indices(addr, count) else { return Response::Error };
         let Some(blocks) = self.plugged.get(range) else { return Response::Error };
         match (blocks.iter().any(|plugged| *plugged), blocks.iter().all(|plugged| *plugged)) {
@@ -441,16 +424,7 @@ impl VirtioDevice for MemoryDevice {
         self.work()
     }
 
-    fn save(&mut self) -> Result<DeviceState, DeviceError> {
-        Ok(DeviceState::Mem(MemoryState {
-            config: self.config,
-            requested_size: self.requested_size,
-            plugged: self.plugged.clone(),
-            queues: self.active.iter().map(|active| active.queue.state()).collect(),
-        }))
-    }
-
-    fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics::Mem(Arc::clone(&self.metrics))
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError> {
+        Ok(self.active.iter().map(|active| active.queue.state()).collect())
     }
 }

@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::{
+    Persist, RestoreError,
     memory::GuestMem,
     mock::{Buffer, CountingInterrupt, MockQueue},
 };
@@ -253,18 +254,28 @@ fn a_reset_leaves_plugged_blocks_alone() {
     assert_eq!((bench.plugged(), bench.device.plugged_size()), (vec![0, 1], 4 * MIB));
 }
 
+fn resources(bench: &Bench) -> MemoryResources {
+    MemoryResources { config: config(), blocks: bench.blocks.clone() }
+}
+
 #[test]
 fn a_restored_device_plugs_what_was_plugged() {
     let mut bench = Bench::new();
     assert_eq!(bench.plug(START, 2), ACK);
     assert_eq!(bench.plug(START + 8 * MIB, 1), ACK);
     bench.device.set_requested_size(8 * MIB).unwrap();
-    let DeviceState::Mem(state) = bench.device.save().unwrap() else { panic!("of another kind") };
-    let state: MemoryState = postcard::from_bytes(&postcard::to_allocvec(&state).unwrap()).unwrap();
+    let queues = bench.device.quiesce().unwrap();
+    let state = postcard::to_allocvec(&bench.device.state()).unwrap();
+    let state: MemoryState = postcard::from_bytes(&state).unwrap();
 
     bench.blocks = Arc::new(Recorder::default());
-    bench.device = MemoryDevice::from_state(&state, bench.blocks.clone()).unwrap();
-    let queue = Queue::try_from(state.queues[0]).unwrap();
+    let other = MemoryResources {
+        config: MemoryConfig { start: START + 2 * MIB, ..config() },
+        blocks: bench.blocks.clone(),
+    };
+    assert!(matches!(MemoryDevice::restore(&state, other), Err(RestoreError::Mismatch(_))));
+    bench.device = MemoryDevice::restore(&state, resources(&bench)).unwrap();
+    let queue = Queue::try_from(queues[0]).unwrap();
     bench.device.activate(activation(&bench.mem, queue, &bench.interrupt)).unwrap();
     assert_eq!(bench.plugged(), [0, 1, 4]);
     assert_eq!((bench.device.plugged_size(), bench.device.requested_size()), (6 * MIB, 8 * MIB));
@@ -274,8 +285,8 @@ fn a_restored_device_plugs_what_was_plugged() {
 
 #[test]
 fn a_state_that_contradicts_itself_is_refused() {
-    let mut bench = Bench::new();
-    let DeviceState::Mem(state) = bench.device.save().unwrap() else { panic!("of another kind") };
+    let bench = Bench::new();
+    let state = bench.device.state();
     for bad in [
         MemoryState { plugged: vec![true; 33], ..state.clone() },
         MemoryState { requested_size: 1, ..state.clone() },
@@ -283,7 +294,7 @@ fn a_state_that_contradicts_itself_is_refused() {
         MemoryState { config: MemoryConfig { start: 0, size: 1 << 62, ..config() }, ..state.clone() },
         MemoryState { config: MemoryConfig { block_size: 5, ..config() }, ..state.clone() },
     ] {
-        assert!(MemoryDevice::from_state(&bad, bench.blocks.clone()).is_err());
+        assert!(MemoryDevice::from_state(&bad, resources(&bench)).is_err());
     }
     assert!(bench.plugged().is_empty());
 }

@@ -39,15 +39,15 @@ pub use self::{
     config::{MAX_FRAME, MIN_MTU, QUEUE_SIZE},
     header::{HEADER, Offloads},
     metrics::NetMetrics,
-    state::NetState,
+    state::{NetResources, NetState},
 };
 use self::{
     rx::{Negotiated, Receiver},
     tx::Sender,
 };
-use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, VirtioDevice,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, SavedQueue,
+    VirtioDevice,
     rate_limiter::{RateLimitError, RateLimiter},
 };
 
@@ -117,15 +117,6 @@ impl Net<Tap> {
     pub fn new(config: NetConfig, tap: OwnedFd) -> Result<Self, NetError> {
         Self::with_backend(config, Tap::new(tap)?)
     }
-
-    /// The card of a snapshot, on a tap device that takes the place of the one it had. The counterpart of
-    /// [`VirtioDevice::save`].
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn from_state(state: NetState, tap: OwnedFd) -> Result<Self, NetError> {
-        Self::new(state.config, tap)
-    }
 }
 
 impl<B: NetBackend> Net<B> {
@@ -141,6 +132,12 @@ impl<B: NetBackend> Net<B> {
         let tx_limiter = RateLimiter::new(config.send_limits).map_err(NetError::SendLimits)?;
         let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(NetError::Event)?;
         Ok(Self { config, backend, rx_limiter, tx_limiter, again, metrics: Arc::default(), active: None })
+    }
+
+    /// The device's counters, shared with it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<NetMetrics> {
+        self.metrics.clone()
     }
 
     /// Moves frames both ways as far as possible now.
@@ -263,17 +260,13 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
         self.work()
     }
 
-    fn save(&mut self) -> Result<DeviceState, DeviceError> {
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError> {
         let mut queues = Vec::new();
         if let Some(active) = &mut self.active {
             active.receiver.give_back();
             // Should this machine go on, what it gave back is there to be taken again.
             queues = [&active.receiver.queue, &active.sender.queue].map(DeviceQueue::state).to_vec();
         }
-        Ok(DeviceState::Net(NetState { config: self.config.clone(), queues }))
-    }
-
-    fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics::Net(self.metrics.clone())
+        Ok(queues)
     }
 }

@@ -26,10 +26,9 @@ use vmm_sys_util::{
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
 };
 
-use super::{DeviceMetrics, DeviceState};
 use crate::{
     ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, Drained, PollSource,
-    VirtioDevice,
+    SavedQueue, VirtioDevice,
     rate_limiter::{RateLimitError, RateLimiter},
 };
 
@@ -112,13 +111,10 @@ impl<E: Entropy> Rng<E> {
         })
     }
 
-    /// A device as it was saved. There is nothing in it but the configuration: no entropy outlives a
-    /// snapshot.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn from_state(state: &RngState, entropy: E) -> Result<Self, RngError> {
-        Self::new(state.config, entropy)
+    /// The device's counters, shared with it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<RngMetrics> {
+        self.metrics.clone()
     }
 
     fn work(&mut self) -> Result<(), DeviceError> {
@@ -179,14 +175,7 @@ impl<E: Entropy> VirtioDevice for Rng<E> {
         self.work()
     }
 
-    fn save(&mut self) -> Result<DeviceState, DeviceError> {
-        Ok(DeviceState::Rng(RngState {
-            config: self.config,
-            queues: self.active.iter().map(DeviceQueue::state).collect(),
-        }))
-    }
-
-    fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics::Rng(Arc::clone(&self.metrics))
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError> {
+        Ok(self.active.iter().map(DeviceQueue::state).collect())
     }
 }

@@ -5,6 +5,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{Rng, *};
 use crate::{
+    Persist,
     memory::GuestMem,
     mock::{Buffer, CountingInterrupt, MockQueue},
 };
@@ -167,10 +168,11 @@ fn a_waiting_request_survives_a_snapshot() {
     bench.queue.add(&[Buffer::writable(BUFFER, 16)]);
     bench.kick().unwrap();
     assert_eq!(bench.queue.used().len(), 1);
-    let DeviceState::Rng(state) = bench.device.save().unwrap() else { panic!("of another kind") };
-    let state: RngState = postcard::from_bytes(&postcard::to_allocvec(&state).unwrap()).unwrap();
-    let mut restored = Rng::from_state(&state, Counting::default()).unwrap();
-    let queue = Queue::try_from(state.queues[0]).unwrap();
+    let queues = bench.device.quiesce().unwrap();
+    let state = postcard::to_allocvec(&bench.device.state()).unwrap();
+    let state: RngState = postcard::from_bytes(&state).unwrap();
+    let mut restored = Rng::restore(&state, Counting::default()).unwrap();
+    let queue = Queue::try_from(queues[0]).unwrap();
     restored.activate(activation(&bench.mem, queue, &bench.interrupt)).unwrap();
     bench.device = restored;
     bench.kick().unwrap();

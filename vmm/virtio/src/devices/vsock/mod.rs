@@ -43,7 +43,7 @@ use std::{io, sync::Arc};
 pub use host::{DialReceiver, Dialer, HostEnd, PassingDialer, PathDialer};
 pub use limits::{MAX_CONNECTIONS, Timeouts};
 pub use metrics::VsockMetrics;
-pub use state::VsockState;
+pub use state::{VsockResources, VsockState};
 #[cfg(any(test, feature = "test-utils"))]
 pub use tests::exercise_device;
 
@@ -58,9 +58,9 @@ use self::{
     muxer::Muxer,
     queue::{EVENT, Progress, Queues},
 };
-use super::{DeviceMetrics, DeviceState};
 use crate::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, VirtioDevice,
+    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, DeviceQueue, PollSource, SavedQueue,
+    VirtioDevice,
 };
 
 /// VIRTIO_VSOCK_F_STREAM: stream sockets are supported.
@@ -86,8 +86,6 @@ pub struct Vsock {
     guest_cid: u64,
     muxer: Muxer,
     active: Option<Queues>,
-    /// The guest was restored from a snapshot and holds connections that are gone.
-    restored: bool,
     metrics: Arc<VsockMetrics>,
 }
 
@@ -100,16 +98,10 @@ impl Vsock {
         Self::with_timeouts(config, host, Timeouts::default())
     }
 
-    /// The device of a restored machine, to be activated with the restored queues if it was active.
-    ///
-    /// It may have another address than the one that was saved, and no connection survives.
-    ///
-    /// # Errors
-    /// See [`VsockError`].
-    pub fn from_state(state: &VsockState, config: VsockConfig, host: HostEnd) -> Result<Self, VsockError> {
-        let mut device = Self::new(config, host)?;
-        device.restored = !state.queues.is_empty();
-        Ok(device)
+    /// The device's counters, shared with it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<VsockMetrics> {
+        self.metrics.clone()
     }
 
     /// As [`new`](Self::new), with other patience.
@@ -123,7 +115,7 @@ impl Vsock {
         let guest_cid = u64::from(config.guest_cid);
         let metrics = Arc::<VsockMetrics>::default();
         let muxer = Muxer::new(guest_cid, host, timeouts, metrics.clone()).map_err(VsockError::Poll)?;
-        Ok(Self { guest_cid, muxer, active: None, restored: false, metrics })
+        Ok(Self { guest_cid, muxer, active: None, metrics })
     }
 
     /// Connections, and bytes allocated for them.
@@ -183,9 +175,11 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let restored = activation.restored;
         // The last one, for events, may stay disabled.
         let mut active = Queues::new(activation.into_queues(EVENT)?, self.metrics.clone());
-        if std::mem::take(&mut self.restored) && active.queues[EVENT].is_ready() {
+        // A restored guest holds connections that are gone.
+        if restored && active.queues[EVENT].is_ready() {
             active.reset_transport(self.muxer.timeouts().transport_reset);
         }
         self.active = Some(active);
@@ -196,7 +190,6 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.active = None;
-        self.restored = false;
         self.muxer.clear();
     }
 
@@ -211,13 +204,8 @@ impl VirtioDevice for Vsock {
         self.run()
     }
 
-    fn save(&mut self) -> Result<DeviceState, DeviceError> {
+    fn quiesce(&mut self) -> Result<Vec<SavedQueue>, DeviceError> {
         // Nothing is ever in flight between two calls, and the connections stay with this machine.
-        let queues = self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect();
-        Ok(DeviceState::Vsock(VsockState { queues }))
-    }
-
-    fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics::Vsock(self.metrics.clone())
+        Ok(self.active.iter().flat_map(|active| &active.queues).map(DeviceQueue::state).collect())
     }
 }

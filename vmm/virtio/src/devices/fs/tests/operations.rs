@@ -9,6 +9,7 @@ use std::{
 use caisson_vmm_api::devices::FsConfig;
 
 use super::{super::*, bench::*};
+use crate::Persist;
 
 #[test]
 fn tells_its_tag_and_its_queues() {
@@ -357,12 +358,19 @@ fn a_file_that_is_only_read_is_not_written_from_the_cache_either() {
 #[test]
 fn is_saved_only_while_not_mounted() {
     let mut bench = Bench::unmounted(config());
-    let DeviceState::Fs(state) = bench.fs.save().unwrap() else { panic!() };
-    assert_eq!((state.queues.len(), &state.config), (2, &config()));
-    let restored = Fs::from_state(state, directory(bench.dir.path()), workers(1, || {})).unwrap();
+    let queues = bench.fs.quiesce().unwrap();
+    let state = bench.fs.state();
+    assert_eq!((queues.len(), &state.config), (2, &config()));
+    let on = |config| FsResources { config, root: directory(bench.dir.path()), workers: workers(1, || {}) };
+    let restored = Fs::restore(&state, on(config())).unwrap();
+    let other_tag = FsConfig { tag: "other".into(), ..config() };
+    assert!(Fs::restore(&state, on(other_tag)).is_err(), "the guest has seen the tag");
+    let unseen =
+        FsConfig { read_only: true, cache: caisson_vmm_api::devices::CachePolicy::Never, ..config() };
+    assert!(Fs::restore(&state, on(unseen)).is_ok());
     assert_eq!(restored.config, config());
     let refused = |bench: &mut Bench| {
-        let refused = bench.fs.save().unwrap_err();
+        let refused = bench.fs.quiesce().unwrap_err();
         matches!(refused, DeviceError::Backend(error) if error.kind() == io::ErrorKind::Unsupported)
     };
     bench.init().unwrap();
@@ -370,11 +378,11 @@ fn is_saved_only_while_not_mounted() {
     let file = bench.create("file", 0o600, 0).unwrap();
     assert!(refused(&mut bench));
     bench.call(38, 0, &[]).unwrap();
-    bench.fs.save().unwrap();
+    bench.fs.quiesce().unwrap();
     bench.init().unwrap();
     bench.fs.reset();
     assert_eq!(bench.fs.share.held(), (0, 0), "{file:?}");
-    bench.fs.save().unwrap();
+    bench.fs.quiesce().unwrap();
 }
 
 /// A file system in memory, mounted until it is dropped.

@@ -19,7 +19,7 @@ use super::super::{
 };
 use crate::{
     Activation, DeviceError, DeviceEvent, VirtioDevice,
-    devices::{DeviceMetrics, vsock::VsockMetrics},
+    devices::vsock::VsockMetrics,
     memory::GuestMem,
     mock::{Buffer, CountingInterrupt, MockQueue},
 };
@@ -112,22 +112,28 @@ impl Guest {
     }
 
     pub(super) fn activate(&mut self, queues: Vec<virtio_queue::Queue>) {
+        self.activate_as(false, queues);
+    }
+
+    fn activate_as(&mut self, restored: bool, queues: Vec<virtio_queue::Queue>) {
         let features = self.device.features() & !(1 << VIRTIO_RING_F_EVENT_IDX);
         let interrupt = self.interrupt.clone();
-        self.device.activate(Activation::new(self.mem.clone(), queues, features, interrupt)).unwrap();
+        let activation = Activation::new(self.mem.clone(), queues, features, interrupt);
+        self.device.activate(Activation { restored, ..activation }).unwrap();
     }
 
     /// The same guest on a restored device.
     #[cfg(test)]
     pub(super) fn restore(mut self, cid: u32) -> Self {
-        let crate::devices::DeviceState::Vsock(state) = self.device.save().unwrap() else { panic!() };
-        let bytes = postcard::to_stdvec(&state).unwrap();
-        let state = postcard::from_bytes(&bytes).unwrap();
+        use crate::{Persist, devices::vsock::VsockResources};
+        let queues = self.device.quiesce().unwrap();
+        let state = self.device.state();
         std::fs::remove_file(self.path()).unwrap();
         let config = VsockConfig { guest_cid: cid };
-        self.device = Vsock::from_state(&state, config, host_end(&self.dir)).unwrap();
-        let queues = state.queues.iter().map(|queue| (*queue).try_into().unwrap()).collect();
-        self.activate(queues);
+        let resources = VsockResources { config, host: host_end(&self.dir) };
+        self.device = Vsock::restore(&state, resources).unwrap();
+        let queues = queues.iter().map(|queue| (*queue).try_into().unwrap()).collect();
+        self.activate_as(true, queues);
         self
     }
 
@@ -260,8 +266,7 @@ impl Guest {
     }
 
     pub(super) fn metrics(&self) -> Arc<VsockMetrics> {
-        let DeviceMetrics::Vsock(metrics) = self.device.metrics() else { panic!() };
-        metrics
+        self.device.metrics()
     }
 }
 

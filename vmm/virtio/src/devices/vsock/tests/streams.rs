@@ -194,8 +194,8 @@ fn a_pause_changes_nothing() {
     let (mut stream, host_port) = guest.accept(7);
     for round in 0..5u8 {
         stream.write_all(&[round]).unwrap();
-        let before = guest.device.save().unwrap();
-        assert_eq!(guest.device.save().unwrap(), before);
+        let before = guest.device.quiesce().unwrap();
+        assert_eq!(guest.device.quiesce().unwrap(), before);
         assert_eq!(guest.packet().1, [round]);
         guest.send_data(7, host_port, &[round]);
         let mut byte = [0];
