@@ -4,7 +4,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 
-use crate::{SavedQueue, memory::GuestMem, queue::DeviceQueue};
+use crate::{DeviceError, Interrupt, SavedQueue, memory::GuestMem, queue::DeviceQueue};
 
 /// Virtio device types (VIRTIO 1.3, section 5) that this VMM implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -24,18 +24,6 @@ pub enum DeviceId {
     Mem = 24,
     /// File system device, section 5.11.
     Fs = 26,
-}
-
-/// How a device tells its driver that something happened.
-///
-/// The transport implements it over an irqfd and its interrupt status register; tests implement it as a
-/// counter. Devices call it only after the state that the driver will read is in guest memory.
-pub trait Interrupt: Send + Sync {
-    /// Used buffers were added to the queue with this index.
-    fn signal_queue(&self, index: usize);
-
-    /// The device's configuration space changed. The transport also steps the configuration generation.
-    fn signal_config(&self);
 }
 
 /// All that a device receives when its driver sets DRIVER_OK.
@@ -113,44 +101,6 @@ pub enum ActivateError {
     },
     /// The device's backend could not be started.
     #[error("starting the backend")]
-    Backend(#[source] io::Error),
-}
-
-/// Why a device gave up on its driver, or lost its backend.
-///
-/// The transport answers by setting DEVICE_NEEDS_RESET and leaving the device alone until it is reset: a
-/// hostile driver ends its own device and nothing else.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// The driver broke the protocol in a way that leaves no defined next step.
-    #[error("queue {queue}: driver error: {what}")]
-    Driver {
-        /// The queue on which it happened.
-        queue: usize,
-        /// What it did.
-        what: &'static str,
-    },
-    /// The driver moved the available index back, or by more chains than the queue can hold.
-    #[error("queue {queue}: the driver moved the available index to {available}, where {next} comes next")]
-    AvailableIndex {
-        /// The queue on which it happened.
-        queue: usize,
-        /// Where the driver puts the next chain, as it says.
-        available: u16,
-        /// Where the device would read the next one.
-        next: u16,
-    },
-    /// The ring itself could not be read or written (such as an address outside memory).
-    #[error("queue {queue}: broken ring")]
-    Ring {
-        /// The queue on which it happened.
-        queue: usize,
-        /// What the queue implementation found.
-        #[source]
-        source: virtio_queue::Error,
-    },
-    /// The host side failed in a way that the device cannot hide.
-    #[error("backend")]
     Backend(#[source] io::Error),
 }
 

@@ -20,8 +20,11 @@
 //! The feature `test-utils` adds the driver's side of a queue (`mock`), for tests of devices.
 
 pub mod buffers;
+mod descriptors;
 mod device;
 pub mod devices;
+mod error;
+mod interrupt;
 pub mod memory;
 pub mod metrics;
 pub mod mmio;
@@ -31,9 +34,8 @@ mod persist;
 pub mod queue;
 pub mod rate_limiter;
 
-pub use device::{
-    ActivateError, Activation, DeviceError, DeviceEvent, DeviceId, Interrupt, PollSource, ThreadSetup,
-    VirtioDevice,
-};
+pub use device::{ActivateError, Activation, DeviceEvent, DeviceId, PollSource, ThreadSetup, VirtioDevice};
+pub use error::DeviceError;
+pub use interrupt::Interrupt;
 pub use persist::{Persist, RestoreError, StateMismatch};
 pub use queue::{DeviceQueue, Drained, SavedQueue};

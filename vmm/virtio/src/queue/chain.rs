@@ -1,5 +1,6 @@
-use virtio_queue::{DescriptorChain, desc::split::Descriptor};
+use virtio_queue::DescriptorChain;
 
+use super::Descriptors;
 use crate::{DeviceError, buffers::GuestBuffers, memory::GuestMem};
 
 /// The head of a chain that the device holds. Whoever has it has to give the chain back, which takes the head: no chain
@@ -38,7 +39,7 @@ impl Chain {
 
     /// Its head and its descriptors.
     pub fn into_parts(self) -> (Head, Descriptors) {
-        (Head(self.descriptors.head_index()), Descriptors(self.descriptors))
+        (Head(self.descriptors.head_index()), Descriptors::new(self.descriptors))
     }
 
     /// Its head, what the device may read of it, and what it may write.
@@ -53,26 +54,5 @@ impl Chain {
         GuestBuffers::append_chain(descriptors, &mut readable, &mut writable)
             .map_err(|error| DeviceError::Driver { queue, what: error.what() })?;
         Ok((head, readable, writable))
-    }
-}
-
-/// The descriptors of a chain, in order.
-#[derive(Debug)]
-pub struct Descriptors(DescriptorChain<GuestMem>);
-
-impl Descriptors {
-    /// The same chain for a library that walks it itself. It finds what the driver has put there by then, and so has to
-    /// check all of it on its own.
-    #[must_use]
-    pub fn walk_again(&self) -> DescriptorChain<GuestMem> {
-        self.0.clone()
-    }
-}
-
-impl Iterator for Descriptors {
-    type Item = Descriptor;
-
-    fn next(&mut self) -> Option<Descriptor> {
-        self.0.next()
     }
 }

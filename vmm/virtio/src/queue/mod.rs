@@ -23,10 +23,11 @@ use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub use self::{
-    chain::{Chain, Descriptors, Head},
+    chain::{Chain, Head},
     drain::Drained,
     saved::SavedQueue,
 };
+pub use crate::descriptors::Descriptors;
 use crate::{DeviceError, Interrupt, memory::GuestMem};
 
 /// Length of the header of the available and the used ring, and of an element of the used ring (VIRTIO 1.3, section
