@@ -53,6 +53,9 @@ pub enum TransportStateError {
     /// Features were accepted that the device does not offer.
     #[error("features {0:#x} are not offered by this device")]
     Features(u64),
+    /// The device was active, but its driver had not got that far: it could change queues that are in use.
+    #[error("the device was active with status {0:?}")]
+    Status(Status),
     /// The device refused.
     #[error("activating the device")]
     Activate(#[source] crate::ActivateError),

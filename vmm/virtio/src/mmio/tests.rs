@@ -398,6 +398,10 @@ fn a_saved_transport_that_does_not_fit_is_refused() {
     restore(&state).unwrap();
     let without_queues = TransportState { queues: Vec::new(), ..state.clone() };
     assert!(matches!(restore(&without_queues), Err(TransportStateError::QueueCount { expected: 2, got: 0 })));
+    for missing in [Status::ACKNOWLEDGE, Status::DRIVER, Status::FEATURES_OK, Status::DRIVER_OK] {
+        let half_way = TransportState { status: state.status - missing, ..state.clone() };
+        assert!(matches!(restore(&half_way), Err(TransportStateError::Status(_))), "{missing:?}");
+    }
     let inactive = TransportState { active: false, ..state.clone() };
     restore(&inactive).unwrap();
     let foreign = TransportState { driver_features: 1 << 63, ..inactive.clone() };

@@ -92,6 +92,9 @@ impl MmioTransport {
         if unknown != 0 {
             return Err(TransportStateError::Features(unknown));
         }
+        if state.active && !state.status.contains(IN_USE) {
+            return Err(TransportStateError::Status(state.status));
+        }
         transport.restore_queues(&state.queues)?;
         if state.active {
             transport.reactivate()?;
@@ -429,6 +432,10 @@ impl Drop for MmioTransport {
         self.unwatch();
     }
 }
+
+/// Status bits that the driver has set by the time that a device is active.
+const IN_USE: Status =
+    Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK).union(Status::DRIVER_OK);
 
 /// Status bits after which the driver can change no part of the configuration.
 const FROZEN: Status = Status::DRIVER_OK.union(Status::NEEDS_RESET).union(Status::FAILED);
