@@ -68,7 +68,7 @@ pub(super) struct Muxer {
     poller: Poller,
     listener: Option<UnixListener>,
     /// Clients may be waiting to be accepted.
-    knocking: bool,
+    pending_accepts: bool,
     /// The process is out of descriptors; when to try again.
     accept_at: Option<Instant>,
     dialer: Option<Box<dyn Dialer>>,
@@ -100,7 +100,7 @@ impl Muxer {
         Ok(Self {
             guest_cid,
             poller,
-            knocking: host.listener.is_some(),
+            pending_accepts: host.listener.is_some(),
             listener: host.listener,
             accept_at: None,
             dialer: host.dialer,
@@ -140,14 +140,14 @@ impl Muxer {
         self.resets.clear();
         self.deadlines.clear();
         self.promised = 0;
-        self.knocking = self.listener.is_some();
+        self.pending_accepts = self.listener.is_some();
     }
 
     /// Takes in what happened to the host's sockets.
     pub(super) fn dispatch(&mut self) -> io::Result<()> {
         for event in self.poller.events()? {
             match event {
-                Event::Listener => self.knocking = true,
+                Event::Listener => self.pending_accepts = true,
                 Event::Wakeup => {}
                 Event::Socket(token, events) => self.on_socket(token, events),
             }
@@ -461,7 +461,7 @@ impl Muxer {
         }
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept_at = None;
-            self.knocking = true;
+            self.pending_accepts = true;
         }
     }
 
@@ -469,7 +469,7 @@ impl Muxer {
     fn accept(&mut self) -> io::Result<()> {
         for _ in 0..ACCEPT_BATCH {
             let Some(listener) = &self.listener else { return Ok(()) };
-            if !self.knocking || self.peers.len() >= MAX_CONNECTIONS {
+            if !self.pending_accepts || self.peers.len() >= MAX_CONNECTIONS {
                 return Ok(());
             }
             match listener.accept().and_then(|(socket, _)| self.add(socket)) {
@@ -477,12 +477,12 @@ impl Muxer {
                     self.set_deadline(token, Some(Instant::now() + self.timeouts.handshake));
                     self.on_handshake(token);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.knocking = false,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.pending_accepts = false,
                 // The client has gone, or a signal came: the next one may be there.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => {}
                 Err(error) => {
                     warn!(%error, "accepting a connection to the guest");
-                    self.knocking = false;
+                    self.pending_accepts = false;
                     self.accept_at = Some(Instant::now() + self.timeouts.accept);
                 }
             }
