@@ -13,7 +13,7 @@
 //! | [`layout`] | the guest's physical address space |
 //! | [`jail`] | what is left to a process whose guest has broken out |
 //! | [`seccomp`] | system call filters, thread by thread |
-//! | [`heap`] | how threads share the heap |
+//! | [`malloc_arena`] | the arena that all threads allocate from |
 //! | [`probe`] | whether this host's KVM can run a guest, and if not, why |
 //!
 //! Guest memory, queues, the virtio transport and its devices are [`caisson_virtio`].
@@ -26,11 +26,11 @@
 pub mod boot;
 pub mod control;
 pub mod devices;
-pub mod heap;
 pub mod jail;
 pub mod layout;
 pub mod machine;
 pub mod machine_file;
+pub mod malloc_arena;
 pub mod probe;
 pub mod resources;
 pub mod seccomp;

@@ -14,10 +14,9 @@ use std::{
 use caisson_vmm::{
     control::{Supervisor, supervisor::SupervisorError},
     devices::serial::ConsoleSink,
-    heap,
     jail::{Inherited, Jail, Side},
     machine::shares::Shares,
-    machine_file,
+    machine_file, malloc_arena,
     resources::{self, Access, Descriptors, Resources},
     snapshot,
 };
@@ -59,7 +58,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let birth = Instant::now();
-    heap::share();
+    malloc_arena::limit_to_one();
     let arguments = Arguments::parse();
     tracing_subscriber::fmt()
         .with_max_level(arguments.log_level)

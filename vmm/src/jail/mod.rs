@@ -8,21 +8,21 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | `supervisor` | the process that stays outside, and passes the inner one's end on |
+//! | `parent` | the process that stays outside, and passes the inner one's end on |
 //! | `filesystem` | the new root |
 //! | `privileges` | identity, capabilities, limits, Landlock |
 //! | `descriptors` | closing what was not handed over |
 //!
 //! # Two processes
 //! A PID namespace needs a fork: only children are inside. The process that was started stays outside as the
-//! *supervisor*. It holds no descriptor and no privilege either; all it does is wait. The inner process, PID
+//! *parent*. It holds no descriptor and no privilege either; all it does is wait. The inner process, PID
 //! 1 of its namespace, is the VMM.
 //!
-//! - The inner one ends: the supervisor ends the same way, with the same exit code or by the same signal, so
+//! - The inner one ends: the parent ends the same way, with the same exit code or by the same signal, so
 //!   whoever started it sees what happened.
-//! - The supervisor is asked to end (SIGTERM, SIGINT, SIGHUP): it kills the inner one, and then ends by that
+//! - The parent is asked to end (SIGTERM, SIGINT, SIGHUP): it kills the inner one, and then ends by that
 //!   signal.
-//! - The supervisor ends for any other reason (SIGKILL, the OOM killer): the kernel kills the inner one
+//! - The parent ends for any other reason (SIGKILL, the OOM killer): the kernel kills the inner one
 //!   (`PR_SET_PDEATHSIG`), and with it, as it is PID 1, everything in the namespace.
 //!
 //! The virtual machine has to be made inside, as KVM ties it to the memory of the process that made it; so
@@ -36,8 +36,8 @@
 
 mod descriptors;
 mod filesystem;
+mod parent;
 mod privileges;
-mod supervisor;
 #[cfg(test)]
 mod tests;
 
@@ -59,8 +59,8 @@ use nix::{
     sched::{CloneFlags, unshare},
     unistd::{ForkResult, Gid, Uid, fork, setsid},
 };
+pub use parent::Ended;
 pub use privileges::{LandlockStatus, drop_thread_capabilities, raise_share_capabilities};
-pub use supervisor::Ended;
 
 use crate::seccomp;
 
@@ -127,7 +127,7 @@ fn step<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> JailError 
 pub enum Side {
     /// In the jail.
     Inside(Inside),
-    /// In the supervisor, after the inner process has ended.
+    /// In the parent, after the inner process has ended.
     Outside(Ended),
 }
 
@@ -228,8 +228,8 @@ impl Jail {
         Ok(Self { config, keep, ids, remove: Vec::new() })
     }
 
-    /// Has the supervisor remove files at the end, such as sockets that the process made: from inside they
-    /// cannot be reached. For that the supervisor keeps, besides its user, the capabilities to change any
+    /// Has the parent remove files at the end, such as sockets that the process made: from inside they
+    /// cannot be reached. For that the parent keeps, besides its user, the capabilities to change any
     /// directory.
     #[must_use]
     pub fn removing(mut self, paths: impl IntoIterator<Item = PathBuf>) -> Self {
@@ -253,16 +253,16 @@ impl Jail {
         if self.ids.is_some() {
             unshare(CloneFlags::CLONE_NEWPID).map_err(step("making a PID namespace"))?;
         } else {
-            supervisor::become_own_root()?;
+            parent::become_own_root()?;
         }
         // From here on whoever is outside has to remove files at the end: no signal may end it before it can.
-        let signals = supervisor::hold_signals()?;
+        let signals = parent::hold_signals()?;
         // SAFETY: there is one thread, so nothing is in an undefined state in the child.
         match unsafe { fork() }.map_err(step("forking"))? {
             ForkResult::Parent { child } => {
                 drop(inner);
                 let mapped = self.mapped_ids();
-                supervisor::supervise(child, outer, mapped, self.ids, &self.remove).map(Side::Outside)
+                parent::supervise(child, outer, mapped, self.ids, &self.remove).map(Side::Outside)
             }
             ForkResult::Child => {
                 drop(outer);
@@ -272,7 +272,7 @@ impl Jail {
         }
     }
 
-    /// The ids that the inner process is to have in a user namespace that its supervisor sets up.
+    /// The ids that the inner process is to have in a user namespace that its parent sets up.
     fn mapped_ids(&self) -> Option<Ids> {
         self.ids.filter(|_| self.config.user_namespace)
     }
@@ -305,14 +305,14 @@ impl Jail {
         privileges::limit_resources(&self.config, max_open_files, self.ids.is_some())?;
         if self.mapped_ids().is_some() {
             unshare(CloneFlags::CLONE_NEWUSER).map_err(step("making a user namespace"))?;
-            supervisor::ask_for_ids(&mut link)?;
+            parent::ask_for_ids(&mut link)?;
         }
         let share_capabilities = self.config.share.is_some();
         let keep = if share_capabilities { &privileges::SHARE_CAPABILITIES[..] } else { &[] };
         privileges::drop_all(self.inner_ids(), keep)?;
         let landlock = privileges::confine_paths(share_capabilities)?;
-        // Last, as a change of ids would undo it. A supervisor that died before this shows as a closed link.
-        supervisor::die_with(&link)?;
+        // Last, as a change of ids would undo it. A parent that died before this shows as a closed link.
+        parent::die_with(&link)?;
         // Cannot be set already: only one thread gets here, and only once.
         let _ = CONFINEMENT.set(Confinement { seccomp: self.config.seccomp, share_capabilities });
         Ok(Inside { landlock, share_capabilities, share })

@@ -26,7 +26,7 @@ use super::*;
 
 /// What a jailed process leaves behind.
 struct Outcome {
-    /// How the supervisor ended, which is how the inner process did.
+    /// How the parent ended, which is how the inner process did.
     status: WaitStatus,
     /// What the inner process wrote.
     report: String,
@@ -34,7 +34,7 @@ struct Outcome {
 
 /// A process that enters a jail and runs `body` in it, with a descriptor to write to.
 struct Jailed {
-    supervisor: Pid,
+    parent: Pid,
     report: BufReader<File>,
     ended: bool,
 }
@@ -47,7 +47,7 @@ impl Jailed {
         match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => {
                 drop(write);
-                Self { supervisor: child, report: BufReader::new(File::from(read)), ended: false }
+                Self { parent: child, report: BufReader::new(File::from(read)), ended: false }
             }
             ForkResult::Child => {
                 drop(read);
@@ -66,7 +66,7 @@ impl Jailed {
     fn finish(mut self) -> Outcome {
         let mut report = String::new();
         self.report.read_to_string(&mut report).unwrap();
-        let status = waitpid(self.supervisor, None).unwrap();
+        let status = waitpid(self.parent, None).unwrap();
         self.ended = true;
         Outcome { status, report }
     }
@@ -76,8 +76,8 @@ impl Jailed {
 impl Drop for Jailed {
     fn drop(&mut self) {
         if !self.ended {
-            let _ = kill(self.supervisor, Signal::SIGKILL);
-            let _ = waitpid(self.supervisor, None);
+            let _ = kill(self.parent, Signal::SIGKILL);
+            let _ = waitpid(self.parent, None);
         }
     }
 }
@@ -106,7 +106,7 @@ fn jailed(config: JailConfig, body: impl FnOnce(Inside, &mut File) -> i32) -> Ou
 /// it is.
 fn host_view(jailed: &mut Jailed) -> (Pid, String) {
     assert_eq!(jailed.line(), "inside");
-    let children = format!("/proc/{0}/task/{0}/children", jailed.supervisor);
+    let children = format!("/proc/{0}/task/{0}/children", jailed.parent);
     let children = std::fs::read_to_string(children).unwrap();
     let inner = Pid::from_raw(children.trim().parse().unwrap());
     (inner, std::fs::read_to_string(format!("/proc/{inner}/status")).unwrap())
@@ -167,12 +167,12 @@ fn nothing_is_left() {
     let limits = std::fs::read_to_string(format!("/proc/{inner}/limits")).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
-    // 0 to 2, the report, and the link to the supervisor until it is dropped.
+    // 0 to 2, the report, and the link to the parent until it is dropped.
     let open = std::fs::read_dir(format!("/proc/{inner}/fd")).unwrap().count();
     assert!(open <= 5, "{open} descriptors");
     assert_eq!(std::fs::read_dir(format!("/proc/{inner}/root")).unwrap().count(), 0);
 
-    kill(jailed.supervisor, Signal::SIGKILL).unwrap();
+    kill(jailed.parent, Signal::SIGKILL).unwrap();
     jailed.finish();
 }
 
@@ -212,7 +212,7 @@ fn the_inner_process_dies_with_its_supervisor() {
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         let mut jailed = Jailed::start(JailConfig::default(), stay);
         let (inner, _) = host_view(&mut jailed);
-        kill(jailed.supervisor, signal).unwrap();
+        kill(jailed.parent, signal).unwrap();
         let outcome = jailed.finish();
         assert!(matches!(outcome.status, WaitStatus::Signaled(_, ended, _) if ended == signal));
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -342,7 +342,7 @@ fn a_file_is_removed_however_it_ends() {
         let mut jailed = match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => {
                 drop(write);
-                Jailed { supervisor: child, report: BufReader::new(File::from(read)), ended: false }
+                Jailed { parent: child, report: BufReader::new(File::from(read)), ended: false }
             }
             ForkResult::Child => {
                 let mut report = File::from(write);
@@ -361,7 +361,7 @@ fn a_file_is_removed_however_it_ends() {
             Some(Signal::SIGKILL) => kill(host_view(&mut jailed).0, Signal::SIGKILL).unwrap(),
             Some(signal) => {
                 host_view(&mut jailed);
-                kill(jailed.supervisor, signal).unwrap();
+                kill(jailed.parent, signal).unwrap();
             }
         }
         let outcome = jailed.finish();
@@ -432,7 +432,7 @@ fn jailed_with_thread() -> Outcome {
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => {
             drop(write);
-            Jailed { supervisor: child, report: BufReader::new(File::from(read)), ended: false }.finish()
+            Jailed { parent: child, report: BufReader::new(File::from(read)), ended: false }.finish()
         }
         ForkResult::Child => {
             drop(read);

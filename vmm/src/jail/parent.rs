@@ -66,18 +66,18 @@ pub(super) fn become_own_root() -> Result<(), JailError> {
     write_file("/proc/self/gid_map", &format!("0 {gid} 1"))
 }
 
-/// Asks the supervisor to fill in the new user namespace, and waits until it has.
+/// Asks the parent to fill in the new user namespace, and waits until it has.
 pub(super) fn ask_for_ids(link: &mut UnixStream) -> Result<(), JailError> {
     let gone = |_: io::Error| JailError::OtherSideGone;
     link.write_all(&[0]).map_err(gone)?;
     link.read_exact(&mut [0]).map_err(gone)
 }
 
-/// Has the kernel kill the calling process when the supervisor ends.
+/// Has the kernel kill the calling process when the parent ends.
 pub(super) fn die_with(link: &UnixStream) -> Result<(), JailError> {
-    prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tying the life to the supervisor's"))?;
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tying the life to the parent's"))?;
     let mut fds = [PollFd::new(link.as_fd(), PollFlags::empty())];
-    match poll(&mut fds, PollTimeout::ZERO).map_err(step("looking for the supervisor"))? {
+    match poll(&mut fds, PollTimeout::ZERO).map_err(step("looking for the parent"))? {
         0 => Ok(()),
         _ => Err(JailError::OtherSideGone),
     }
@@ -85,7 +85,7 @@ pub(super) fn die_with(link: &UnixStream) -> Result<(), JailError> {
 
 /// Serves the inner process, gives up every privilege, and waits for its end.
 ///
-/// `mapped` are the ids that it wants to have mapped, `own` those that the supervisor itself is to take,
+/// `mapped` are the ids that it wants to have mapped, `own` those that the parent itself is to take,
 /// `remove` are files that go at the end.
 pub(super) fn supervise(
     child: Pid,
@@ -98,7 +98,7 @@ pub(super) fn supervise(
         .and_then(|()| mapped.map_or(Ok(()), |ids| map_ids(child, &mut link, ids)))
         .and_then(|()| confine(own, !remove.is_empty()));
     if prepared.is_err() {
-        // It must not go on with a supervisor that is not one. It may be gone already.
+        // It must not go on with a parent that is not one. It may be gone already.
         let _ = kill(child, Signal::SIGKILL);
     }
     let ended = wait(child);
@@ -138,7 +138,7 @@ fn confine(own: Option<Ids>, removes: bool) -> Result<(), JailError> {
 /// The signals by which the process outside is told to end.
 const TOLD_TO_END: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 
-/// Blocks the signals that the supervisor waits for, and returns which were blocked before.
+/// Blocks the signals that the parent waits for, and returns which were blocked before.
 pub(super) fn hold_signals() -> Result<SigSet, JailError> {
     awaited().thread_swap_mask(SigmaskHow::SIG_BLOCK).map_err(step("blocking signals"))
 }
