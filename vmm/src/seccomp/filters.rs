@@ -59,7 +59,7 @@ pub(super) const REFUSED: &[i64] = &[
     // A controller names a file by its path: it has to hand over a descriptor, and learns that from the
     // error.
     libc::SYS_openat,
-    // A socket in the host's view is removed by the supervisor outside; whoever made it tries in vain.
+    // A socket in the host's view is removed by the parent outside; whoever made it tries in vain.
     libc::SYS_unlink,
     // A guest dials a port, and the machine was set up to find it by a path: that is a refused connection,
     // and no reason to end. Ports are found by a descriptor here.
@@ -151,6 +151,7 @@ const COMMON: &[Call] = &[
     MMAP,
     MPROTECT,
     any(libc::SYS_munmap),
+    any(libc::SYS_mremap), // a list that grows past 128 KiB, such as a disk's completions: a guest can cause it
     any(libc::SYS_madvise),
     any(libc::SYS_rt_sigreturn),
     any(libc::SYS_rt_sigprocmask),
@@ -209,7 +210,6 @@ const CONTROL: &[Call] = &[
     any(libc::SYS_ftruncate),
     any(libc::SYS_mincore),
     any(libc::SYS_sysinfo),
-    any(libc::SYS_mremap), // a large state
     any(libc::SYS_unlink), // "does not exist", see REFUSED
     any(libc::SYS_openat), // "does not exist", see REFUSED
     // Starting threads.
@@ -283,8 +283,7 @@ const FS: &[Call] = &[
     any(libc::SYS_setfsgid),
     any(libc::SYS_capget),
     any(libc::SYS_capset),
-    // The C library and the standard library: buffers that grow, seeds of hash tables.
-    any(libc::SYS_mremap),
+    // Seeds of the standard library's hash tables.
     any(libc::SYS_getrandom),
 ];
 

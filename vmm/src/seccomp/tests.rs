@@ -47,6 +47,20 @@ fn every_filter_compiles_and_lets_a_thread_live() {
     }
 }
 
+/// From 128 KiB on, the C library moves a list that grows by mremap(2): a guest with many requests in flight makes a
+/// disk's list of completions that long.
+#[test]
+fn every_thread_may_grow_a_list_past_128_kib() {
+    let grow = || {
+        let mut list: Vec<u64> = Vec::new();
+        (0..1 << 17).for_each(|n| list.push(n));
+        list.iter().zip(0..).all(|(entry, n)| *entry == n)
+    };
+    for thread in ALL {
+        assert!(survives(thread, grow), "{thread:?}");
+    }
+}
+
 /// On most hosts the vDSO answers, and the kernel never sees it.
 #[test]
 fn every_thread_may_ask_the_kernel_for_the_time() {
