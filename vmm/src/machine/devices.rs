@@ -127,7 +127,17 @@ impl DeviceFactory<'_> {
                 let (root, workers) = self.shares.serve(directory).map_err(DeviceBuildError::Share)?;
                 restored::<Fs>(state, FsResources { config, root, workers })
             }
-            _ => Err(DeviceBuildError::WrongKind),
+            // By name, so that a kind cannot be registered and left out here.
+            (
+                DeviceState::Rng(_)
+                | DeviceState::Balloon(_)
+                | DeviceState::Mem(_)
+                | DeviceState::Block(_)
+                | DeviceState::Net(_)
+                | DeviceState::Vsock(_)
+                | DeviceState::Fs(_),
+                _,
+            ) => Err(DeviceBuildError::WrongKind),
         }
     }
 
