@@ -245,6 +245,34 @@ impl DeviceQueue {
         self.queue.enable_notification(self.mem.as_ref()).map_err(|error| self.ring(error))
     }
 
+    /// Asks the driver to notify when it makes one more chain available than it has, although there are some to pop: with
+    /// event indices [`enable_notification`](Self::enable_notification) asks for the chain after the last popped one, which
+    /// is available already then, and a driver does not notify of others (section 2.7.10). Returns the available index, as
+    /// it was when the driver could read the wish: a chain that came before is not notified of.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] when the ring cannot be accessed.
+    pub fn notify_of_next(&mut self) -> Result<u16, DeviceError> {
+        self.enable_notification()?;
+        if self.event_idx {
+            let available = self.available_index()?;
+            self.wish_for(available).map_err(|error| self.ring(error))?;
+            // The device writes its wish and then looks at the index; the driver writes the index and then looks at the
+            // wish.
+            fence(Ordering::SeqCst);
+        }
+        self.available_index()
+    }
+
+    /// Writes `avail_event`: the driver notifies when it makes the chain with this index available.
+    fn wish_for(&self, index: u16) -> Result<(), QueueError> {
+        let end =
+            USED_ELEMENT.checked_mul(self.queue.size().into()).and_then(|len| len.checked_add(RING_HEADER));
+        let address = end.and_then(|len| self.queue.used_ring().checked_add(len));
+        let address = GuestAddress(address.ok_or(QueueError::AddressOverflow)?);
+        self.mem.store(index.to_le(), address, Ordering::Relaxed).map_err(QueueError::GuestMemory)
+    }
+
     /// Tells the driver that it need not notify.
     ///
     /// # Errors
@@ -345,6 +373,23 @@ mod tests {
         let chains = vec![(Head::restored(4), 0), (Head::restored(0), 0)];
         assert!(matches!(queue.complete_together(chains), Err(DeviceError::Ring { queue: 0, .. })));
         assert_eq!(mock.used(), []);
+    }
+
+    #[test]
+    fn queue_is_notified_of_the_next_chain_though_others_are_there() {
+        for event_idx in [false, true] {
+            let mem = memory();
+            let mut mock = MockQueue::new(&mem, 0, 4);
+            let mut queue =
+                DeviceQueue::new(mock.device_side(), 0, mem.clone(), CountingInterrupt::new(), event_idx);
+            for _ in 0..3 {
+                mock.add(&[Buffer::writable(0x4000, 1)]);
+            }
+            queue.enable_notification().unwrap();
+            assert_eq!(mock.available_event(), 0, "a driver that adds a fourth need not notify");
+            assert_eq!(queue.notify_of_next().unwrap(), 3);
+            assert_eq!(mock.available_event(), if event_idx { 3 } else { 0 });
+        }
     }
 
     #[test]

@@ -99,9 +99,8 @@ impl Queues {
     /// Returns the available index as of the event, or `None` when there is no buffer for it.
     fn send_event(&mut self) -> Result<Option<u16>, DeviceError> {
         let queue = &mut self.queues[EVENT];
-        let available = queue.available_index()?;
-        // Returning a buffer must be heard of.
-        queue.enable_notification()?;
+        // The driver has all other buffers of its queue available, and is to notify of this one when it gives it back.
+        let available = queue.notify_of_next()?;
         let Some(chain) = queue.pop()? else { return Ok(None) };
         let (head, _, writable) = chain.into_buffers()?;
         if writable.copy_from(0, &TRANSPORT_RESET) < TRANSPORT_RESET.len() {
