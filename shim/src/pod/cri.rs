@@ -19,6 +19,8 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// CRI's `PodSandboxConfig`, as far as it matters here.
 #[derive(Clone, PartialEq, Message)]
 pub struct PodSandboxConfig {
+    #[prost(message, optional, tag = "1")]
+    metadata: Option<Metadata>,
     #[prost(string, tag = "2")]
     hostname: String,
     #[prost(message, optional, tag = "4")]
@@ -27,6 +29,12 @@ pub struct PodSandboxConfig {
     annotations: HashMap<String, String>,
     #[prost(message, optional, tag = "8")]
     linux: Option<Linux>,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct Metadata {
+    #[prost(string, tag = "3")]
+    namespace: String,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -113,6 +121,7 @@ impl PodSandboxConfig {
             sysctls: linux.sysctls.into_iter().collect(),
             cgroups_path: cgroups_path(&linux.cgroup_parent, id),
             annotations: of_author(self.annotations),
+            kubernetes_namespace: self.metadata.map(|metadata| metadata.namespace),
             limits,
         })
     }
@@ -205,10 +214,13 @@ mod tests {
     #[test]
     fn nobody_speaks_for_containerd() {
         let mut asked = config();
-        let annotations = ["io.kubernetes.cri.sandbox-memory", "example.com/kept"];
+        asked.metadata = Some(Metadata { namespace: "team-a".into() });
+        let annotations =
+            ["io.kubernetes.cri.sandbox-memory", "io.kubernetes.cri.sandbox-namespace", "example.com/kept"];
         asked.annotations = annotations.map(|key| (key.to_owned(), "68719476736".to_owned())).into();
         let sandbox = asked.sandbox("s", "").unwrap();
         assert_eq!(sandbox.annotations.keys().collect::<Vec<_>>(), ["example.com/kept"]);
+        assert_eq!(sandbox.kubernetes_namespace.as_deref(), Some("team-a"));
     }
 
     #[test]

@@ -27,8 +27,6 @@ use crate::share::{Mount, Share};
 use crate::sizing::{Change, Demand, Limits};
 use crate::template::{self, Found, Template, build};
 
-/// Annotation: the Kubernetes namespace of the pod.
-const KUBERNETES_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 /// The storage in the guest that is the share.
 const SHARE: &str = "share";
 /// The storage in the guest that is the pod's shared memory.
@@ -78,11 +76,9 @@ impl Sandbox {
         let limits = wanted.limits.apply(Limits::default());
         let limits = Change::of_annotations(&wanted.annotations)?.apply(limits);
         let mut size = PodSize::new(config.sizing, Demand::new(limits))?;
-        let tenant = wanted
-            .annotations
-            .get(KUBERNETES_NAMESPACE)
-            .map_or(settings.namespace.as_str(), String::as_str)
-            .to_owned();
+        // containerd's ids have no slash.
+        let tenant =
+            format!("{}/{}", settings.namespace, wanted.kubernetes_namespace.as_deref().unwrap_or(""));
         let has_files = !wanted.files.is_empty();
         let (for_host, wanted_there) = (settings.clone(), wanted.clone());
         phases.done("configuration");

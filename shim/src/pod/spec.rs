@@ -162,6 +162,8 @@ pub struct SandboxSpec {
     pub cgroups_path: String,
     /// The annotations.
     pub annotations: HashMap<String, String>,
+    /// The Kubernetes namespace that the pod is in, if it is in one.
+    pub kubernetes_namespace: Option<String>,
     /// What it may use; a pod of one is its container.
     pub limits: Change,
     /// Files that its containers are to see, by name and content. None when somebody else makes them.
@@ -179,6 +181,9 @@ pub const RESOLV_CONF: &str = "resolv.conf";
 /// Where containers see these files.
 pub(super) const FILES: [(&str, &str); 3] =
     [("/etc/hostname", HOSTNAME), ("/etc/hosts", HOSTS), ("/etc/resolv.conf", RESOLV_CONF)];
+
+/// containerd's annotation with the pod's Kubernetes namespace.
+const KUBERNETES_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 
 /// Namespaces and what containerd calls them.
 const HOST_NAMESPACES: [&str; 4] = ["network", "pid", "ipc", "uts"];
@@ -200,6 +205,7 @@ pub fn sandbox(first: &Spec) -> Result<SandboxSpec, SpecError> {
         sysctls: sysctls.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
         cgroups_path: string("/linux/cgroupsPath"),
         annotations: first.annotations.clone(),
+        kubernetes_namespace: first.annotations.get(KUBERNETES_NAMESPACE).cloned(),
         limits: limits(spec),
         files: Vec::new(),
     })
