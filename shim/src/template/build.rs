@@ -3,7 +3,7 @@
 //! The process leaves the control group of the pod whose shim has started it. Its machine has a directory, a record and
 //! host ids as a pod's has, so that whoever comes after a killed builder can undo what that one left.
 
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -123,10 +123,17 @@ pub async fn start(request: &Request) -> Result<(), BuildError> {
 /// [`BuildError`]. Nothing is left then but a note of why, for the pods that look for the template.
 pub fn run(files: &ConfigFiles) -> Result<(), BuildError> {
     let mut input = Vec::new();
-    io::stdin().lock().take(MAX_REQUEST).read_to_end(&mut input)?;
-    let request = match input.is_empty() {
-        true => default_request(&Config::read(files)?)?,
-        false => serde_json::from_slice(&input)?,
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        stdin.lock().take(MAX_REQUEST).read_to_end(&mut input)?;
+    }
+    let request = if input.is_empty() {
+        default_request(&Config::read(files)?)?
+    } else {
+        // A shim has started this, in the control group of its pod.
+        Layout::of_host()?.leave_for_root()?;
+        oom_score::set_with_children(std::process::id(), OOM_SCORE)?;
+        serde_json::from_slice(&input)?
     };
     let (store, key) = (Store::new(&request.directory), Key::of(&request.programs, request.shape)?);
     let built = build(&request, &store, &key);
@@ -150,8 +157,6 @@ fn build(request: &Request, store: &Store, key: &Key) -> Result<(), BuildError> 
     if store.has(key)? {
         return Ok(());
     }
-    Layout::of_host()?.leave_for_root()?;
-    oom_score::set_with_children(std::process::id(), OOM_SCORE)?;
     store.collect(&lock)?;
     let unfinished = store.begin(&lock, key)?;
     let (state, memory) = (unfinished.state.try_clone()?, unfinished.memory.try_clone()?);
